@@ -1,0 +1,7 @@
+"""Gradually Updated Neural Networks (GUNN) for timm. Importing the package registers its models with timm."""
+from .gunn import Gunn
+from .layer import GunnLayer
+
+__version__ = '0.1.0'
+
+__all__ = ['Gunn', 'GunnLayer']

@@ -1,0 +1,79 @@
+"""Makes timm find the models of timm_gunn by name, without an import of timm_gunn.
+
+PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backends`). At that moment timm may be half
+imported, so arm() only leaves a hook for the import system, which registers the models once `timm.models` has been
+executed and is then gone. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
+calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
+of torch or timm.
+"""
+import sys
+
+_TARGET = 'timm.models'
+
+
+class _Hook:
+    """Finder of `timm.models` that wraps the loader other finders come up with, for one execution."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = None
+        try:
+            from importlib.util import find_spec
+            spec = find_spec(fullname)
+            if spec is not None:
+                spec.loader = _Loader(spec.loader, self)
+        finally:
+            if spec is None:
+                sys.meta_path.insert(0, self)
+        return spec
+
+
+class _Loader:
+    """Runs another loader, then registers the models. The module keeps the other loader as its own."""
+
+    def __init__(self, loader, hook):
+        self.loader = loader
+        self.hook = hook
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self.loader
+        try:
+            self.loader.exec_module(module)
+        except BaseException:
+            sys.meta_path.insert(0, self.hook)  # another attempt to import timm may succeed
+            raise
+        _register()
+
+    def __getattr__(self, name):  # is_package, get_source, ...
+        return getattr(self.loader, name)
+
+
+def _register():
+    try:
+        import timm_gunn  # noqa: F401
+    except Exception as e:
+        _warn(f'timm-gunn could not register its models with timm: {type(e).__name__}: {e}')
+
+
+def _warn(message):
+    import warnings
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except Exception:  # warnings are errors here, and ours must not become one
+        print(f'RuntimeWarning: {message}', file=sys.stderr)
+
+
+def arm():
+    """Register the models once timm.models has been executed, now or at its import. Never raises."""
+    try:
+        if _TARGET in sys.modules:
+            _register()
+        elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Hook())
+    except Exception as e:
+        _warn(f'timm-gunn could not prepare the registration of its models: {type(e).__name__}: {e}')

@@ -1,0 +1,450 @@
+"""Gradually Updated Neural Networks (GUNN) and their ordering-free baselines (SUNN).
+
+Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
+Original code (Torch7): https://github.com/joe-siyuan-qiao/GUNN
+
+One resolution, one representation (Section 5.1): each stage is a transition (pooling and a 1x1 convolution to the
+stage's width) followed by a single GUNN layer. Where the paper and the code its authors released disagree, these
+networks follow the code, with which the published parameter counts agree: units of the CIFAR networks carry a
+projection shortcut, and the transitions of the ImageNet networks pool before their convolution.
+"""
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_layer, get_norm_layer
+from timm.layers import register_notrace_module
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+
+from .layer import GunnLayer, reset_norm
+
+__all__ = ['Gunn']
+
+# The loops over units slice parameters and running statistics, which a symbolic trace would freeze into constants.
+register_notrace_module(GunnLayer)
+
+
+class AtrousAvgPool2d(nn.Module):
+    """2x2 average pooling without its stride: the mean of the pixels 0 and `dilation` to the right and below.
+
+    Takes the place of a strided pooling when a stage is dilated. At every dilation-th position it gives what the
+    strided one gives, so a dilated network holds the outputs of the strided one. (B, C, H, W) to (B, C, H, W).
+    """
+
+    def __init__(self, dilation: int = 1):
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        d = self.dilation
+        x = F.pad(x, (0, d, 0, d), mode='replicate')
+        x = (x[:, :, d:] + x[:, :, :-d]) / 2
+        return (x[:, :, :, d:] + x[:, :, :, :-d]) / 2
+
+
+class GunnStage(nn.Sequential):
+    """A transition and a GUNN layer, which update their running statistics once per step under checkpointing too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.training and _in_backward():
+                with _buffers_set_aside(self):
+                    return super().forward(x)
+        for module in self:
+            x = module(x)
+        return x
+
+
+def _in_backward() -> bool:
+    """True while autograd runs a backward pass, where a forward is the recomputation of a checkpointed one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
+    """Let module work on copies of its buffers, so that what it does to them is forgotten."""
+    saved = [(m, dict(m._buffers)) for m in module.modules()]
+    try:
+        for m, buffers in saved:
+            m._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+        yield
+    finally:
+        for m, buffers in saved:
+            m._buffers.update(buffers)
+
+
+def _conv_norm_act(in_chs, out_chs, kernel_size, stride, norm_layer, act_layer, **dd) -> 'OrderedDict[str, nn.Module]':
+    return OrderedDict(
+        conv=nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd),
+        bn=norm_layer(out_chs, **dd),
+        act=create_act_layer(act_layer, inplace=True),
+    )
+
+
+class Gunn(nn.Module):
+    """Gradually (or, with ordered=False, simultaneously) updated neural network.
+
+    Maps images (B, in_chans, H, W) of any size to logits (B, num_classes); feature maps have ceil(H / reduction) rows.
+
+    Source: Section 5, Tables 1 and 2.
+    """
+
+    def __init__(
+            self,
+            channels: Tuple[int, ...] = (400, 800, 1600, 2000),
+            segments: Tuple[int, ...] = (10, 20, 40, 50),
+            expansion: int = 2,
+            depth: int = 1,
+            layout: str = 'imagenet',
+            ordered: bool = True,
+            residual: bool = True,
+            shortcut: bool = False,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            act_layer: Union[str, Type[nn.Module]] = 'relu',
+            norm_layer: Union[str, Type[nn.Module]] = 'batchnorm2d',
+            drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            channels: Number of channels N of each stage's GUNN layer.
+            segments: Number of segments P of each stage's GUNN layer.
+            expansion: Expansion K of the update units.
+            depth: Number M of stacked bottlenecks per update unit.
+            layout: 'imagenet' (7x7 stem of stride 2, max pooling, transitions that pool first; Table 2) or
+                'cifar' (3x3 stem, transitions that pool last, a closing 1x1 convolution; Table 1).
+            ordered: Update segments in order (GUNN) if True, all at once (SUNN) if False.
+            residual: Add the segment's input to its update, False for the paper's "NoRes" ablation.
+            shortcut: Projection shortcut around each update unit.
+            num_classes: Number of classes, 0 for no classifier.
+            in_chans: Number of input channels.
+            global_pool: Global pooling type, '' for none.
+            output_stride: Largest reduction of the feature maps, 32, 16 or 8, kept by dilation.
+            act_layer: Activation layer.
+            norm_layer: Norm layer of the BatchNorm family.
+            drop_rate: Dropout rate before the classifier.
+            drop_path_rate: Stochastic depth rate of the last stage's units, rising linearly from 0 in the first.
+            device: Device to create the parameters on.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: If layout or output_stride is none of the above, or a layer's sizes do not fit (see GunnLayer).
+            TypeError: If norm_layer is not of the BatchNorm family.
+        """
+        super().__init__()
+        if layout not in ('imagenet', 'cifar'):
+            raise ValueError(f"Gunn: layout must be 'imagenet' or 'cifar', got {layout!r}.")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'Gunn: output_stride must be 8, 16 or 32, got {output_stride!r}.')
+        if len(channels) != len(segments):
+            raise ValueError(f'Gunn: expected one channels and one segments entry per stage, got {channels}, {segments}.')
+        # None is left out: the frozen norms of torchvision know neither argument.
+        dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
+        norm_layer = get_norm_layer(norm_layer)
+        imagenet = layout == 'imagenet'
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        # Every feature is the output of a direct child, and the children run in the order of their registration.
+        stem_chs = 64
+        kernel_size, reduction = (7, 2) if imagenet else (3, 1)
+        self.stem = nn.Sequential(_conv_norm_act(
+            in_chans, stem_chs, kernel_size, reduction, norm_layer, act_layer, **dd))
+        self.feature_info = [dict(num_chs=stem_chs, reduction=reduction, module='stem')] if imagenet else []
+
+        prev_chs, dilation = stem_chs, 1
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, len(channels))
+        for i, num_chs in enumerate(channels):
+            transition = _conv_norm_act(prev_chs, num_chs, 1, 1, norm_layer, act_layer, **dd)
+            if i == 0:
+                pool = nn.MaxPool2d(3, 2, padding=1) if imagenet else None
+            elif reduction < output_stride:
+                pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+            else:
+                pool = AtrousAvgPool2d(dilation)
+                dilation *= 2
+            if pool is not None:
+                transition['pool'] = pool
+                if imagenet:
+                    transition.move_to_end('pool', last=False)
+                if not isinstance(pool, AtrousAvgPool2d):
+                    reduction *= 2
+            layer = GunnLayer(
+                num_chs, segments[i], expansion, depth,
+                ordered=ordered, residual=residual, shortcut=shortcut, dilation=dilation,
+                drop_path=drop_path_rates[i], act_layer=act_layer, norm_layer=norm_layer, **dd)
+            name = f'stage{i + 1}'
+            self.add_module(name, GunnStage(OrderedDict(**transition, layer=layer)))
+            self.feature_info.append(dict(num_chs=num_chs, reduction=reduction, module=name))
+            prev_chs = num_chs
+
+        if imagenet:
+            self.final_conv = nn.Identity()
+        else:
+            self.final_conv = nn.Sequential(_conv_norm_act(prev_chs, prev_chs, 1, 1, norm_layer, act_layer, **dd))
+        self.num_features = prev_chs
+        self._create_head(num_classes, global_pool, **dd)
+        self.feature_names: List[str] = [info['module'] for info in self.feature_info]
+
+        self.init_weights()
+
+    def _create_head(self, num_classes: int, global_pool: str, **dd) -> None:
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        _init_weights(self.head)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Set every parameter and buffer, wherever they were created (after to_empty() from the meta device, say)."""
+        _init_weights(self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regexes of parameter groups from input to output: by stage (coarse), or transition and layer (fine)."""
+        return dict(
+            stem=r'^stem',
+            blocks=[
+                (r'^stage(\d+)' if coarse else r'^stage(\d+)\.layer', None if coarse else (1,)),
+                (r'^stage(\d+)', (0,)),
+                (r'^final_conv', (99999,)),  # closes the last stage
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each stage in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, nn.Identity if num_classes is 0."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier, and the pooling unless global_pool is None; '' removes the pooling."""
+        self.num_classes = num_classes
+        param = next(self.parameters())
+        self._create_head(
+            num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool,
+            device=param.device, dtype=param.dtype)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features and intermediate feature maps, those of `feature_info`.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Last n features if int, all if None, those at the given indices if a sequence.
+            norm: No effect, no norm stands between the features and the head.
+            stop_early: Leave out the stages after the last feature asked for.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return the intermediate features alone.
+        """
+        assert output_fmt == 'NCHW', f"Output format must be 'NCHW', got '{output_fmt}'."
+        intermediates: List[torch.Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.feature_names), indices)
+
+        feat_idx = -1
+        for name, module in self.named_children():
+            if name == 'final_conv' or name == 'head' or (stop_early and feat_idx == max_index):
+                pass  # not a feature, or past the last one asked for
+            else:
+                if self.grad_checkpointing and name != 'stem' and not torch.jit.is_scripting():
+                    x = checkpoint(module, x)
+                else:
+                    x = module(x)
+                if name in self.feature_names:
+                    feat_idx += 1
+                    if feat_idx in take_indices:
+                        intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+
+        if feat_idx == len(self.feature_names) - 1:
+            x = self.final_conv(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the given intermediate features do not need; returns their absolute indices."""
+        take_indices, max_index = feature_take_indices(len(self.feature_names), indices)
+        prune_end = max_index < len(self.feature_names) - 1
+        for name in self.feature_names[max_index + 1:]:
+            if hasattr(self, name):  # not pruned before
+                delattr(self, name)
+        if prune_end or prune_head or prune_norm:
+            self.final_conv = nn.Identity()  # never feeds a feature
+        if prune_end:
+            self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_end or prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to unpooled features (B, num_features, ceil(H / reduction), ...)."""
+        for name, module in self.named_children():
+            if name == 'head':
+                pass
+            elif self.grad_checkpointing and name in self.feature_names and name != 'stem' \
+                    and not torch.jit.is_scripting():
+                x = checkpoint(module, x)
+            else:
+                x = module(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Unpooled features to logits, or to pooled features (B, head_hidden_size) if pre_logits."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, GunnLayer):
+            child.reset_parameters()
+        elif isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, mode='fan_out', nonlinearity='relu')
+        elif isinstance(child, nn.Linear):
+            child.reset_parameters()
+            nn.init.zeros_(child.bias)
+        elif name == 'bn':
+            reset_norm(child)
+        else:
+            _init_weights(child)
+
+
+def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
+    out_indices = tuple(range(3 if kwargs['layout'] == 'cifar' else 5))
+    return build_model_with_cfg(
+        Gunn, variant, pretrained, feature_cfg=dict(out_indices=out_indices), **kwargs)
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1711.09280',
+        'paper_name': 'Gradually Updated Neural Networks for Large-Scale Image Recognition',
+        'origin_url': 'https://github.com/joe-siyuan-qiao/GUNN',
+        **kwargs,
+    }
+
+
+def _cifar_cfg(num_classes: int, mean: Tuple[float, ...], std: Tuple[float, ...], **kwargs) -> Dict[str, Any]:
+    """Config of a CIFAR network, mean and std in units of 1 / 255."""
+    return _cfg(
+        num_classes=num_classes, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0,
+        mean=tuple(m / 255 for m in mean), std=tuple(s / 255 for s in std), **kwargs)
+
+
+def _c10_cfg(**kwargs) -> Dict[str, Any]:
+    return _cifar_cfg(10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), **kwargs)
+
+
+def _c100_cfg(**kwargs) -> Dict[str, Any]:
+    return _cifar_cfg(100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), **kwargs)
+
+
+# No entry names a source of weights: none have been published.
+default_cfgs = generate_default_cfgs({
+    'gunn15.c10': _c10_cfg(),
+    'gunn15.c100': _c100_cfg(),
+    'gunn15_nores.c10': _c10_cfg(),
+    'gunn15_nores.c100': _c100_cfg(),
+    'sunn15.c10': _c10_cfg(),
+    'sunn15.c100': _c100_cfg(),
+    'gunn24.c10': _c10_cfg(),
+    'gunn24.c100': _c100_cfg(),
+    'sunn24.c10': _c10_cfg(),
+    'sunn24.c100': _c100_cfg(),
+    'gunn18.in1k': _cfg(),
+    'sunn18.in1k': _cfg(),
+    'wide_gunn18.in1k': _cfg(),
+})
+
+_ARGS_15 = dict(channels=(240, 300, 360), segments=(20, 25, 30), layout='cifar', shortcut=True)
+_ARGS_24 = dict(_ARGS_15, channels=(720, 900, 1080), expansion=3, depth=2)
+_ARGS_18 = dict(channels=(400, 800, 1600, 2000), segments=(10, 20, 40, 50), layout='imagenet')
+
+
+@register_model
+def gunn15(pretrained: bool = False, **kwargs) -> Gunn:
+    """GUNN-15 for CIFAR (Section 5.2, Table 1)."""
+    return _create_gunn('gunn15', pretrained, **dict(_ARGS_15, **kwargs))
+
+
+@register_model
+def gunn15_nores(pretrained: bool = False, **kwargs) -> Gunn:
+    """GUNN-15 without the residual x_i in each update (Table 5, "GUNN-15-NoRes")."""
+    return _create_gunn('gunn15_nores', pretrained, **dict(_ARGS_15, residual=False, **kwargs))
+
+
+@register_model
+def sunn15(pretrained: bool = False, **kwargs) -> Gunn:
+    """SUNN-15, GUNN-15 without the order (Table 5)."""
+    return _create_gunn('sunn15', pretrained, **dict(_ARGS_15, ordered=False, **kwargs))
+
+
+@register_model
+def gunn24(pretrained: bool = False, **kwargs) -> Gunn:
+    """GUNN-24 for CIFAR (Section 5.2)."""
+    return _create_gunn('gunn24', pretrained, **dict(_ARGS_24, **kwargs))
+
+
+@register_model
+def sunn24(pretrained: bool = False, **kwargs) -> Gunn:
+    """SUNN-24, GUNN-24 without the order (Table 5)."""
+    return _create_gunn('sunn24', pretrained, **dict(_ARGS_24, ordered=False, **kwargs))
+
+
+@register_model
+def gunn18(pretrained: bool = False, **kwargs) -> Gunn:
+    """GUNN-18 for ImageNet (Section 5.3, Table 2)."""
+    return _create_gunn('gunn18', pretrained, **dict(_ARGS_18, **kwargs))
+
+
+@register_model
+def sunn18(pretrained: bool = False, **kwargs) -> Gunn:
+    """SUNN-18, GUNN-18 without the order (Table 4)."""
+    return _create_gunn('sunn18', pretrained, **dict(_ARGS_18, ordered=False, **kwargs))
+
+
+@register_model
+def wide_gunn18(pretrained: bool = False, **kwargs) -> Gunn:
+    """Wide GUNN-18 for ImageNet (Section 5.3)."""
+    model_args = dict(channels=(1200, 1600, 2000, 2000), segments=(30, 40, 50, 50), layout='imagenet')
+    return _create_gunn('wide_gunn18', pretrained, **dict(model_args, **kwargs))

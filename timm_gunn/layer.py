@@ -1,0 +1,329 @@
+"""The GUNN layer: a grouped residual bottleneck whose segments are updated one after the other.
+
+The N channels of the state are cut into P equal segments of o = N / P channels. Segment by segment, in order,
+
+    y_i = x_i + U_i(y_1, ..., y_{i-1}, x_i, ..., x_P)    i = 1 ... P    (Eq. 4 and 5 of the paper)
+
+where the update unit U_i reads all N channels of the current state and writes only segment i. SUNN, the baseline of
+the paper, is the same layer with every unit reading x: y = x + U(x). The order is thus all that differs, and the code
+says so: the parameters of the P units are stacked into the modules of a grouped (ResNeXt-like) bottleneck, which SUNN
+runs as they are and GUNN runs one slice at a time. Both have the same state dict.
+
+Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
+"""
+from itertools import chain
+from typing import Optional, Type, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, create_act_layer, get_norm_layer
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ['GunnLayer', 'ConvNorm', 'Bottleneck']
+
+
+class GunnLayer(nn.Module):
+    """Update the channels of a feature map segment by segment (GUNN) or all at once (SUNN).
+
+    Maps (B, N, H, W) to (B, N, H, W) in any floating dtype and either memory format.
+
+    Source: Section 3.2, Eq. 4 and 5; the update units are those of Section 5.1, Figure 4.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            segments: int,
+            expansion: int = 2,
+            depth: int = 1,
+            *,
+            ordered: bool = True,
+            residual: bool = True,
+            shortcut: bool = False,
+            dilation: int = 1,
+            drop_path: float = 0.0,
+            act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            channels: Number of channels N of the input and of the output.
+            segments: Number of segments P. Must divide N.
+            expansion: Expansion K, a unit has K * N / P hidden channels.
+            depth: Number M of stacked bottlenecks per unit.
+            ordered: Update the segments in order (GUNN) if True, all from the input (SUNN) if False.
+            residual: Add each segment's input to its update (Eq. 5). False is the paper's "NoRes" ablation.
+            shortcut: Add a projection of the unit's input (1x1 conv, norm) to the unit, around all M bottlenecks.
+            dilation: Dilation of the 3x3 convolutions.
+            drop_path: Probability of dropping a unit's update, per sample and segment (stochastic depth).
+            act_layer: Activation of the bottlenecks.
+            norm_layer: Norm of the BatchNorm family, one that treats each channel by itself.
+
+        Raises:
+            ValueError: If a size is below 1, P does not divide N, or drop_path is given without a residual.
+            TypeError: If norm_layer is not of the BatchNorm family.
+        """
+        super().__init__()
+        for name, value in dict(
+                channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
+        if channels % segments:
+            raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f'GunnLayer: drop_path must be in [0, 1), got {drop_path!r}.')
+        if drop_path and not residual:
+            raise ValueError(
+                f'GunnLayer: drop_path={drop_path} needs residual=True: without x_i a dropped update leaves zeros.')
+
+        self.channels = channels
+        self.segments = segments
+        self.ordered = ordered
+        self.residual = residual
+        # None is left out: the frozen norms of torchvision know neither argument.
+        dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
+        hidden_chs = expansion * channels
+        self.units = nn.Sequential(*[
+            Bottleneck(
+                channels, hidden_chs, segments,
+                # The first bottleneck of a unit reads every channel, those stacked on it only their own unit's.
+                in_groups=1 if i == 0 else segments,
+                dilation=dilation, act_layer=act_layer, norm_layer=norm_layer, **dd,
+            ) for i in range(depth)
+        ])
+        self.proj = ConvNorm(channels, channels, segments, norm_layer=norm_layer, **dd) if shortcut else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw every convolution from N(0, sqrt(2 / (k * k * out))), `out` of one unit; reset the norms."""
+        for m in self.modules():
+            if isinstance(m, ConvNorm):
+                m.reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Update x, (B, N, H, W). Raises ValueError if it does not have N channels."""
+        # A symbolic trace (torch.fx) sees no shape; there the first convolution checks.
+        if torch.jit.is_scripting() or isinstance(x, torch.Tensor):
+            if x.shape[1] != self.channels:
+                raise ValueError(f'GunnLayer: expected an input of {self.channels} channels, got {x.shape[1]}.')
+        if self.ordered and self.segments > 1:
+            return self._forward_ordered(x)
+        return self._forward_simultaneous(x)
+
+    def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
+        update = self.units(x)
+        if self.proj is not None:
+            update = self.proj(x) + update
+        kept = self._kept(x)
+        if kept is not None:
+            update = update * kept
+        return x + update if self.residual else update
+
+    def _forward_ordered(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.channels // self.segments
+        state = [x[:, i * width:(i + 1) * width] for i in range(self.segments)]
+        kept = self._kept(x)
+        for i in range(self.segments):
+            s = torch.cat(state, 1)  # y_1 ... y_{i-1}, x_i ... x_P
+            update = s
+            for unit in self.units:
+                update = unit.forward_unit(update, i)
+            if self.proj is not None:
+                update = self.proj.forward_unit(s, i) + update
+            if kept is not None:
+                update = update * kept[:, i * width:(i + 1) * width]
+            state[i] = state[i] + update if self.residual else update
+        return torch.cat(state, 1)
+
+    def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Scale of each sample's updates under stochastic depth, (B, N, 1, 1), or None where all are kept."""
+        if isinstance(self.drop_path, nn.Identity) or not self.training:
+            return None
+        kept = self.drop_path(torch.ones(x.shape[0] * self.segments, 1, 1, 1, device=x.device, dtype=x.dtype))
+        return kept.view(-1, self.segments, 1, 1).repeat_interleave(self.channels // self.segments, 1)
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, segments={self.segments}, ordered={self.ordered}, residual={self.residual}'
+
+
+class Bottleneck(nn.Module):
+    """The bottlenecks of P update units: 1x1, norm, act, 3x3, norm, act, 1x1, norm. No act closes it (Section 5.1)."""
+
+    def __init__(
+            self,
+            channels: int,
+            hidden_chs: int,
+            segments: int,
+            in_groups: int = 1,
+            dilation: int = 1,
+            act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            **dd,
+    ):
+        super().__init__()
+        kwargs = dict(norm_layer=norm_layer, **dd)
+        self.conv1 = ConvNorm(channels, hidden_chs, segments, groups=in_groups, **kwargs)
+        self.act1 = create_act_layer(act_layer, inplace=True)
+        self.conv2 = ConvNorm(hidden_chs, hidden_chs, segments, 3, groups=segments, dilation=dilation, **kwargs)
+        self.act2 = create_act_layer(act_layer, inplace=True)
+        self.conv3 = ConvNorm(hidden_chs, channels, segments, groups=segments, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All units: (B, N, H, W) to (B, N, H, W)."""
+        x = self.act1(self.conv1(x))
+        x = self.act2(self.conv2(x))
+        return self.conv3(x)
+
+    def forward_unit(self, x: torch.Tensor, unit: int) -> torch.Tensor:
+        """One unit: (B, N or o, H, W) to (B, o, H, W)."""
+        x = self.act1(self.conv1.forward_unit(x, unit))
+        x = self.act2(self.conv2.forward_unit(x, unit))
+        return self.conv3.forward_unit(x, unit)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its norm for P units, stacked along the output channels.
+
+    Unit i owns rows i * R to (i + 1) * R, R = out_chs / P, of every parameter and running statistic.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            segments: int,
+            kernel_size: int = 1,
+            groups: int = 1,
+            dilation: int = 1,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            **dd,
+    ):
+        super().__init__()
+        self.rows = out_chs // segments
+        self.conv = nn.Conv2d(
+            in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
+            groups=groups, bias=False, **dd)
+        self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
+        check_norm(self.bn, out_chs)
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise each unit's convolution by its own fan, not by that of the stack."""
+        fan_out = self.rows * self.conv.weight[0, 0].numel()
+        nn.init.normal_(self.conv.weight, std=(2.0 / fan_out) ** 0.5)
+        reset_norm(self.bn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""
+        return self.bn(self.conv(x))
+
+    def forward_unit(self, x: torch.Tensor, unit: int) -> torch.Tensor:
+        """One unit: (B, in_chs / groups, H, W) to (B, out_chs / P, H, W)."""
+        start, stop = unit * self.rows, (unit + 1) * self.rows
+        if torch.jit.is_scripting():
+            x = F.conv2d(
+                x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
+                self.conv.stride, self.conv.padding, self.conv.dilation)
+            return _batch_norm_unit(
+                x, start, stop, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var,
+                self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
+        return norm_unit(self.bn, conv_unit(self.conv, x, start, stop), start, stop)
+
+
+def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
+
+    Raises TypeError for a module that wraps a convolution: its own forward would silently be left out.
+    """
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError(f'GunnLayer: expected an nn.Conv2d to take the weights of a unit from, got {type(conv)}.')
+    return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
+
+
+def check_norm(norm: nn.Module, channels: int) -> None:
+    """Raise TypeError unless norm treats each of its channels by itself, so that a slice of it is a norm again.
+
+    Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
+    running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
+    """
+    if isinstance(norm, (_BatchNorm, nn.Identity)):
+        return
+    stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
+    per_channel = all(isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats)
+    if not per_channel or isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+        raise TypeError(
+            f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
+            'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
+
+
+def reset_norm(norm: nn.Module) -> None:
+    """Set weight 1, bias 0 and fresh running statistics in a norm of any class that check_norm admits."""
+    for name, t in chain(norm.named_parameters(), norm.named_buffers()):
+        with torch.no_grad():
+            t.fill_(1.0 if name.endswith(('weight', 'running_var')) else 0.0)
+
+
+def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Apply channels [start, stop) of a norm to x, (B, stop - start, H, W), as a norm of those channels alone would.
+
+    The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
+    advances num_batches_tracked. Raises TypeError for a norm that cannot be sliced.
+    """
+    if isinstance(norm, nn.Identity):
+        return x
+    if type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None):
+        return _batch_norm_unit(
+            x, start, stop, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+            norm.training, norm.momentum, norm.eps)
+
+    # Any other class runs its own forward on sliced parameters and buffers. Statistics are views, so that in-place
+    # updates reach the module; counters are copies for all units but the last.
+    tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
+    channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
+    check_norm(norm, channels)
+    sliced = {}
+    for name, t in tensors:
+        if t.ndim == 1 and t.shape[0] == channels:
+            sliced[name] = t[start:stop]
+        elif t.ndim == 0:
+            sliced[name] = t if stop == channels else t.clone()
+        else:
+            raise TypeError(
+                f'GunnLayer: {type(norm).__name__}.{name} has shape {tuple(t.shape)}; '
+                f'expected one value per channel, ({channels},), or a scalar.')
+    return torch.func.functional_call(norm, sliced, (x,))
+
+
+def _batch_norm_unit(
+        x: torch.Tensor,
+        start: int,
+        stop: int,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        running_mean: Optional[torch.Tensor],
+        running_var: Optional[torch.Tensor],
+        num_batches_tracked: Optional[torch.Tensor],
+        training: bool,
+        momentum: Optional[float],
+        eps: float,
+) -> torch.Tensor:
+    """nn.BatchNorm2d's forward on channels [start, stop); all tensors but x are the whole module's."""
+    factor = 0.0 if momentum is None else momentum
+    if training and running_mean is not None and num_batches_tracked is not None:
+        if momentum is None:  # cumulative average over this and all earlier steps
+            factor = 1.0 / (float(num_batches_tracked) + 1.0)
+        if stop == running_mean.shape[0]:
+            num_batches_tracked.add_(1)
+    return F.batch_norm(
+        x, _rows(running_mean, start, stop), _rows(running_var, start, stop),
+        _rows(weight, start, stop), _rows(bias, start, stop),
+        training or running_mean is None, factor, eps)
+
+
+def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
+    return None if t is None else t[start:stop]
