@@ -1,0 +1,70 @@
+"""Run by torch.distributed.run: DistributedDataParallel on two gloo processes against one process on the joined batch.
+
+Imports timm alone: the networks must be found in every process.
+"""
+import copy
+import os
+
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def frozen_network(name: str) -> torch.nn.Module:
+    """Statistics of the whole batch cannot differ between one process and two if they are fixed."""
+    torch.manual_seed(0)
+    channels = (12, 16, 20, 24)[:4 if '18' in name else 3]
+    model = timm.create_model(name, channels=channels, segments=(3, 4, 5, 6)[:len(channels)], dtype=torch.float64)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.is_floating_point():
+                    t.data.uniform_(0.5, 1.5)
+    return timm.layers.freeze_batch_norm_2d(model).train()
+
+
+def main() -> None:
+    dist.init_process_group('gloo')
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for name in ('gunn15', 'sunn15', 'gunn18', 'gunn24'):
+        single = frozen_network(name)
+        ddp = DistributedDataParallel(copy.deepcopy(single))
+        x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+        y = torch.randint(0, single.num_classes, (8,))
+        loss = torch.nn.functional.cross_entropy
+
+        # Two micro-batches per process, the first without communication.
+        (loss(single(x[:4]), y[:4]) + loss(single(x[4:]), y[4:])).backward()
+        with ddp.no_sync():
+            loss(ddp(x[:4].chunk(size)[rank]), y[:4].chunk(size)[rank]).backward()
+        loss(ddp(x[4:].chunk(size)[rank]), y[4:].chunk(size)[rank]).backward()
+        for (n, p), q in zip(single.named_parameters(), ddp.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=n, name=name: f'{name} {n}: {m}')
+
+    # Norms that follow their own process's batch stay apart from it only in statistics: weights remain equal.
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(timm.create_model(
+        'gunn15', channels=(12, 16, 20), segments=(3, 4, 5)).train())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ddp(torch.randn(4, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+    for n, p in ddp.module.named_parameters():
+        both = [torch.empty_like(p) for _ in range(size)]
+        dist.all_gather(both, p.detach())
+        assert torch.equal(both[0], both[1]), n
+    timm.utils.distribute_bn(ddp, size, reduce=True)  # what train.py does after each epoch (--dist-bn reduce)
+    for n, b in ddp.module.named_buffers():
+        both = [torch.empty_like(b) for _ in range(size)]
+        dist.all_gather(both, b)
+        assert torch.equal(both[0], both[1]), n
+    dist.barrier()
+    dist.destroy_process_group()
+    print(f'process {os.environ["RANK"]} agrees')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,304 @@
+"""GunnLayer against one module per unit: values, gradients and norm state in float64, for every norm it admits."""
+import copy
+import math
+
+import pytest
+import timm.layers
+import torch
+import torch.nn as nn
+from reference import ReferenceLayer
+from timm_gunn import GunnLayer
+from torch.testing import assert_close
+
+# n, p, k, m
+SIZES = [(12, 3, 2, 1), (12, 4, 1, 2), (8, 8, 3, 1), (10, 1, 2, 2), (6, 2, 2, 3)]
+
+
+class OtherFrozenBatchNorm2d(nn.Module):
+    """A frozen norm of some other library: buffers of the usual names, arithmetic of its own."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        for name, value in dict(weight=1., bias=0., running_mean=0., running_var=1.).items():
+            self.register_buffer(name, torch.full((num_features,), value))
+
+    def forward(self, x):
+        scale = (self.weight / (self.running_var + 1e-5).sqrt())[:, None, None]
+        return (x - self.running_mean[:, None, None]) * scale + self.bias[:, None, None]
+
+
+def to_other_frozen(module):
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            new = OtherFrozenBatchNorm2d(child.num_features).to(child.weight)
+            new.load_state_dict({k: v for k, v in child.state_dict().items() if k != 'num_batches_tracked'})
+            setattr(module, name, new)
+        else:
+            to_other_frozen(child)
+    return module
+
+
+def set_norms(**attributes):
+    def convert(module):
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for k, v in attributes.items():
+                    setattr(m, k, v)
+        return module
+    return convert
+
+
+# How a user's code may change the norms of a finished layer.
+CONVERSIONS = {
+    'plain': lambda m: m,
+    'momentum': set_norms(momentum=0.3, eps=1e-3),
+    'cumulative': set_norms(momentum=None),
+    'batch statistics only': set_norms(track_running_stats=False),
+    'frozen by timm': timm.layers.freeze_batch_norm_2d,
+    'unfrozen by timm': lambda m: timm.layers.unfreeze_batch_norm_2d(timm.layers.freeze_batch_norm_2d(m)).double(),
+    'frozen by another library': to_other_frozen,
+    'synchronised': nn.SyncBatchNorm.convert_sync_batchnorm,
+    'synchronised by timm': timm.layers.convert_sync_batchnorm,
+    'split': lambda m: timm.layers.convert_splitbn_model(m, 2).double(),
+}
+
+
+def make_pair(size=(12, 3, 2, 1), conversion=CONVERSIONS['plain'], norm=nn.BatchNorm2d, **kwargs):
+    """A GunnLayer with random norm parameters and statistics, and the reference with the same, in float64."""
+    torch.manual_seed(0)
+    layer = GunnLayer(*size, norm_layer=norm, **kwargs).double()
+    for m in layer.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.is_floating_point():
+                    t.data.uniform_(0.5, 1.5)
+    ref = ReferenceLayer(*size, norm=norm, **kwargs).double()
+    ref.load_stacked(layer.state_dict())
+    return conversion(layer).double(), conversion(ref).double()
+
+
+def assert_same(layer, ref, x, steps=2):
+    """Outputs, gradients of the input and of all parameters, and all buffers agree over some steps."""
+    w = torch.randn_like(x)
+    for _ in range(steps):
+        x_pt, x_ref = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, y_ref = layer(x_pt), ref(x_ref)
+        (y * w).sum().backward()
+        (y_ref * w).sum().backward()
+        assert_close(y, y_ref, rtol=1e-10, atol=1e-10)
+        assert_close(x_pt.grad, x_ref.grad, rtol=1e-9, atol=1e-9)
+    for name, p in layer.named_parameters():
+        if p.grad is None:  # an auxiliary norm in eval mode
+            assert all(dict(u.named_parameters())[name].grad is None for u in ref.members)
+        else:
+            assert_close(p.grad, ref.stacked(name, lambda t: t.grad), rtol=1e-9, atol=1e-9, msg=f'gradient of {name}')
+    for name, b in layer.named_buffers():
+        assert_close(b, ref.stacked(name), rtol=1e-10, atol=1e-10, msg=f'buffer {name}')
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('options', [
+    dict(), dict(shortcut=True), dict(residual=False), dict(ordered=False), dict(ordered=False, shortcut=True),
+    dict(dilation=2), dict(shortcut=True, residual=False),
+], ids=lambda o: '-'.join(f'{k}={v}' for k, v in o.items()) or 'default')
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_equals_separate_units(size, options, training):
+    layer, ref = make_pair(size, **options)
+    layer.train(training)
+    ref.train(training)
+    assert_same(layer, ref, torch.randn(3, size[0], 5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('ordered', [True, False], ids=['gunn', 'sunn'])
+@pytest.mark.parametrize('conversion', CONVERSIONS)
+def test_norms_equal_separate_norms(conversion, ordered, training):
+    layer, ref = make_pair((12, 3, 2, 2), CONVERSIONS[conversion], ordered=ordered, shortcut=True)
+    layer.train(training)
+    ref.train(training)
+    assert_same(layer, ref, torch.randn(4, 12, 3, 3, dtype=torch.float64), steps=3)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(affine=False), dict(track_running_stats=False), dict(affine=False, track_running_stats=False)], ids=str)
+def test_norms_without_parameters_or_statistics(kwargs):
+    def norm(channels, **dd):
+        return nn.BatchNorm2d(channels, **kwargs, **dd)
+
+    layer, ref = make_pair(norm=norm)
+    assert_same(layer, ref, torch.randn(3, 12, 3, 3, dtype=torch.float64))
+
+
+def test_norms_frozen_mid_training():
+    """Norms in eval mode inside a layer in train mode, as detection code sets them."""
+    layer, ref = make_pair()
+    for module in (layer, ref):
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    assert_same(layer, ref, torch.randn(1, 12, 3, 3, dtype=torch.float64))
+
+
+def test_batch_counter_advances_once_per_step():
+    for conversion in ('plain', 'cumulative', 'synchronised', 'split'):
+        layer, _ = make_pair(conversion=CONVERSIONS[conversion])
+        for norm in layer.modules():
+            if hasattr(norm, 'num_batches_tracked'):
+                norm.num_batches_tracked.zero_()
+        for _ in range(3):
+            layer(torch.randn(4, 12, 2, 2, dtype=torch.float64))
+        counters = {n: int(b) for n, b in layer.named_buffers() if n.endswith('num_batches_tracked')}
+        assert counters and set(counters.values()) == {3}, (conversion, counters)
+
+
+@pytest.mark.parametrize('norm', ['groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd),
+                                  lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd)])
+@pytest.mark.parametrize('ordered', [True, False])
+def test_unsupported_norm(norm, ordered):
+    with pytest.raises(TypeError, match=r'(Group|Layer|Instance)Norm.*expected a norm of the BatchNorm family'):
+        GunnLayer(64, 2, ordered=ordered, norm_layer=norm)
+
+
+def test_unsupported_modules_swapped_in_later():
+    layer = GunnLayer(12, 3)
+    layer.units[0].conv2.bn = nn.GroupNorm(2, 24)
+    with pytest.raises(TypeError, match='GroupNorm.*BatchNorm family'):
+        layer(torch.randn(2, 12, 3, 3))
+
+    class OddNorm(OtherFrozenBatchNorm2d):
+        def __init__(self, num_features):
+            super().__init__(num_features)
+            self.mixing = nn.Parameter(torch.eye(num_features))
+
+    layer.units[0].conv2.bn = OddNorm(24)
+    with pytest.raises(TypeError, match=r'OddNorm\.mixing has shape \(24, 24\)'):
+        layer(torch.randn(2, 12, 3, 3))
+
+    layer = GunnLayer(12, 3)
+    layer.units[0].conv1.conv = nn.Sequential(layer.units[0].conv1.conv)
+    with pytest.raises(TypeError, match='expected an nn.Conv2d'):
+        layer(torch.randn(2, 12, 3, 3))
+
+
+@pytest.mark.parametrize(('args', 'kwargs', 'message'), [
+    ((12, 5), {}, 'divisible.*12 and 5'),
+    ((0, 1), {}, 'channels.*at least 1, got 0'),
+    ((12, 0), {}, 'segments.*at least 1, got 0'),
+    ((12, -3), {}, 'segments.*at least 1, got -3'),
+    ((12, 3, 0), {}, 'expansion.*at least 1, got 0'),
+    ((12, 3, 1.5), {}, 'expansion.*integer.*got 1.5'),
+    ((12, 3, 2, 0), {}, 'depth.*at least 1, got 0'),
+    ((12, 3), dict(dilation=0), 'dilation.*at least 1, got 0'),
+    ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\), got 1.0'),
+    ((12, 3), dict(drop_path=0.1, residual=False), 'drop_path=0.1 needs residual=True'),
+])
+def test_bad_arguments(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GunnLayer(*args, **kwargs)
+
+
+@pytest.mark.parametrize('ordered', [True, False])
+@pytest.mark.parametrize('channels', [11, 13, 24])
+def test_wrong_channel_count(ordered, channels):
+    with pytest.raises(ValueError, match=f'expected an input of 12 channels, got {channels}'):
+        GunnLayer(12, 3, ordered=ordered)(torch.randn(2, channels, 4, 4))
+
+
+def test_the_order_is_all_that_differs():
+    gunn, sunn = GunnLayer(12, 3).eval(), GunnLayer(12, 3, ordered=False).eval()
+    gunn.load_state_dict(sunn.state_dict(), strict=True)
+    sunn.load_state_dict(gunn.state_dict(), strict=True)
+    x = torch.randn(2, 12, 5, 5)
+    y, z = gunn(x), sunn(x)
+    assert_close(y[:, :4], z[:, :4])  # the first unit reads x in both
+    assert not torch.allclose(y[:, 4:8], z[:, 4:8])
+    assert not torch.allclose(y[:, 8:], z[:, 8:])
+    gunn.ordered = False
+    assert_close(gunn(x), z, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('shortcut', [True, False])
+def test_initialisation_by_the_fan_of_a_unit(shortcut):
+    torch.manual_seed(0)
+    layer = GunnLayer(256, 4, 2, 2, shortcut=shortcut)  # o = 64, e = 128
+    out = {'conv1': 128, 'conv2': 9 * 128, 'conv3': 64, 'proj': 64}
+    convs = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Conv2d)}
+    assert len(convs) == 6 + shortcut
+    for name, conv in convs.items():
+        expected = math.sqrt(2 / out[name.split('.')[-2]])
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.03), name
+        assert conv.weight.mean().item() == pytest.approx(0, abs=0.03 * expected), name
+        assert conv.bias is None
+    for norm in layer.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert (norm.weight == 1).all()
+            assert (norm.bias == 0).all()
+
+
+@pytest.mark.parametrize('ordered', [True, False])
+def test_drop_path_drops_updates_of_samples_and_segments(ordered):
+    torch.manual_seed(0)
+    layer = GunnLayer(12, 3, ordered=ordered, drop_path=0.25)
+    same = GunnLayer(12, 3, ordered=ordered)
+    same.load_state_dict(layer.state_dict())
+    x = torch.randn(1000, 12, 2, 2)
+    update = (layer(x) - x).unflatten(1, (3, 4)).flatten(2)  # sample, segment, values
+    dropped = (update == 0).all(-1)
+    assert not (update[~dropped] == 0).any()
+    assert dropped.float().mean(0).tolist() == pytest.approx([0.25] * 3, abs=0.05)
+    # Segments are dropped independently of each other.
+    assert (dropped[:, 0] & dropped[:, 1]).float().mean().item() == pytest.approx(0.0625, abs=0.03)
+    # What is kept is scaled, so that the first unit's expected update is that of the layer without dropping.
+    kept = ~dropped[:, 0]
+    assert_close(update[kept, 0] * 0.75, (same(x) - x)[:, :4].flatten(1)[kept], rtol=1e-4, atol=1e-5)
+    same.load_state_dict(layer.state_dict())
+    assert_close(layer.eval()(x), same.eval()(x))
+
+
+def low_precision_errors(layer, ref, x, run):
+    """Largest errors of layer and reference, as `run` computes them, against the reference in float64."""
+    exact = copy.deepcopy(ref).double()(x.double())
+    return [(run(m, x).double() - exact).abs().max().item() for m in (layer, ref)]
+
+
+@pytest.mark.parametrize('ordered', [True, False])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dtype_and_memory_format_are_kept(ordered, memory_format, dtype):
+    layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)
+    layer, ref = layer.to(dtype=dtype, memory_format=memory_format), ref.to(dtype)
+    x = torch.randn(4, 16, 6, 6, dtype=dtype).to(memory_format=memory_format)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    error, error_ref = low_precision_errors(layer, ref, x, lambda m, x: m(x))
+    assert error <= 2 * error_ref + 1e-6
+
+
+@pytest.mark.parametrize('ordered', [True, False])
+def test_autocast(ordered):
+    layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)
+    layer, ref = layer.float(), ref.float()
+    x = torch.randn(4, 16, 6, 6)
+
+    def run(module, x):
+        with torch.autocast('cpu', torch.bfloat16):
+            return module(x)
+
+    error, error_ref = low_precision_errors(layer, ref, x, run)
+    assert 1e-4 < error <= 2 * error_ref  # below, it would not have run in bfloat16
+    run(layer, x).float().square().sum().backward()
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize('act', ['gelu', nn.SiLU, nn.PReLU])
+def test_act_layer(act):
+    layer = GunnLayer(12, 3, act_layer=act)
+    kind = type(layer.units[0].act1)
+    assert not isinstance(layer.units[0].act1, nn.ReLU)
+    ref = ReferenceLayer(12, 3, act=kind if kind is not timm.layers.GELU else nn.GELU)
+    ref.load_state_dict(
+        {f'members.{i}.{k.replace("act1", "act")}': v.chunk(3)[i] if v.ndim and 'act' not in k else v
+         for i in range(3) for k, v in layer.state_dict().items() if 'act2' not in k})
+    x = torch.randn(2, 12, 4, 4)
+    assert_close(layer(x), ref(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,476 @@
+"""The registered networks beyond timm's own contract (tests/test_timm_contract.py): the paper's facts, and training."""
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm_gunn import GunnLayer
+from torch.testing import assert_close
+
+MODELS = timm.list_models(module='gunn')
+IMAGENET = [m for m in MODELS if '18' in m]
+CIFAR = [m for m in MODELS if '18' not in m]
+# Small networks of each layout, for what need not be shown at full size.
+SMALL = {
+    'gunn15': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
+    'sunn15': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
+    'gunn15_nores': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
+    'gunn24': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
+    'gunn18': dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6)),
+    'sunn18': dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6)),
+}
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL[name], **kwargs})
+
+
+def randomise(model):
+    """Give norms statistics and parameters that a fresh network lacks, so that eval mode depends on them."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.is_floating_point():
+                    t.data.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_same_output(actual, expected):
+    """Equal to float32 rounding, on the scale of the whole output: single logits may cancel to nearly zero."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_names():
+    assert MODELS == ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
+
+
+@pytest.mark.parametrize(('name', 'params'), [
+    ('gunn15.c10', 1_585_746), ('gunn15.c100', 1_618_236),  # Section 5.2
+    ('gunn24.c10', 29_534_106), ('gunn24.c100', 29_631_396),
+    ('gunn18.in1k', 28_909_736), ('wide_gunn18.in1k', 45_624_936),  # Section 5.3
+    ('gunn15_nores.c10', 1_585_746), ('sunn15.c100', 1_618_236), ('sunn24', 29_534_106), ('sunn18', 28_909_736),
+])
+def test_parameter_counts(name, params):
+    assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == params
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='gunn', include_tags=True))
+def test_pretrained_configs(name):
+    cfg = timm.get_pretrained_cfg(name)
+    assert (cfg.license, cfg.paper_ids) == ('apache-2.0', 'arXiv:1711.09280')
+    assert cfg.origin_url == 'https://github.com/joe-siyuan-qiao/GUNN'
+    assert not cfg.has_weights
+    size, classes, mean, std = {
+        'c10': (32, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+        'c100': (32, 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        'in1k': (224, 1000, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    }[name.split('.')[1]]
+    assert (cfg.input_size, cfg.num_classes) == ((3, size, size), classes)
+    assert [255 * m for m in cfg.mean] == pytest.approx(mean)
+    assert [255 * s for s in cfg.std] == pytest.approx(std)
+    model = timm.create_model(name, device='meta')
+    assert model.num_classes == classes
+    assert model.get_classifier().out_features == classes
+    # What an evaluation does to an image: shorter side 256 and the central 224, or nothing at all.
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    resize, crop = transform.transforms[:2]
+    assert (resize.size, crop.size) == ((256, (224, 224)) if size == 224 else (32, (32, 32)))
+    assert resize.interpolation.value == 'bicubic'
+
+
+def test_default_tags():
+    assert {m: timm.get_pretrained_cfg(m).tag for m in MODELS} == {
+        m: 'in1k' if m in IMAGENET else 'c10' for m in MODELS}
+
+
+@pytest.mark.parametrize('features_only', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_no_weights_yet(name, features_only):
+    assert not timm.is_model_pretrained(name)
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        timm.create_model(name, pretrained=True, features_only=features_only)
+
+
+@pytest.mark.parametrize(('name', 'message'), [('gunn19', 'Unknown model'), ('gunn15.in1k', 'Invalid pretrained tag')])
+def test_unknown_variant_or_tag(name, message):
+    with pytest.raises(RuntimeError, match=f'{message}.*{name.split(".")[0]}|{message}.*in1k'):
+        timm.create_model(name)
+
+
+@pytest.mark.parametrize(('kwargs', 'error', 'message'), [
+    (dict(output_stride=4), ValueError, 'output_stride must be 8, 16 or 32, got 4'),
+    (dict(layout='mnist'), ValueError, "layout must be 'imagenet' or 'cifar', got 'mnist'"),
+    (dict(segments=(3, 4)), ValueError, 'one channels and one segments entry per stage'),
+    (dict(segments=(10, 20, 30, 40)), ValueError, 'divisible by segments, got 1600 and 30'),
+    (dict(norm_layer='groupnorm1'), TypeError, 'GroupNorm1.*BatchNorm family'),
+    (dict(widht=3), TypeError, 'widht'),
+])
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model('gunn18', **kwargs)
+
+
+def test_no_drop_path_without_a_residual():
+    with pytest.raises(ValueError, match='needs residual=True'):
+        timm.create_model('gunn15_nores', drop_path_rate=0.1)
+
+
+def test_checkpoint_of_another_variant(tmp_path):
+    path = tmp_path / 'gunn15.pth'
+    torch.save({'state_dict': timm.create_model('gunn15').state_dict()}, path)
+    with pytest.raises(RuntimeError, match=r'(?s)size mismatch.*720.*240|size mismatch.*240.*720'):
+        timm.create_model('gunn24', checkpoint_path=str(path))
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_sunn_weights_load_into_gunn_and_back(name):
+    gunn, sunn = small(name).eval(), small(name.replace('gunn', 'sunn')).eval()
+    gunn.load_state_dict(sunn.state_dict(), strict=True)
+    sunn.load_state_dict(gunn.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(gunn(x), sunn(x))
+    for m in gunn.modules():
+        if isinstance(m, GunnLayer):
+            m.ordered = False
+    assert_close(gunn(x), sunn(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_initialisation(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, GunnLayer)}
+    checked = 0
+    for conv_name, conv in model.named_modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        layer = next((m for n, m in layers.items() if conv_name.startswith(n + '.')), None)
+        out = conv.out_channels // (layer.segments if layer else 1)
+        expected = math.sqrt(2 / (conv.kernel_size[0] ** 2 * out))
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.05), conv_name
+        checked += 1
+    assert checked == {'gunn15': 4 * 3 + 5, 'gunn18': 3 * 4 + 5}[name]
+    assert (model.head.fc.bias == 0).all()
+    model.reset_classifier(7)
+    assert (model.head.fc.bias == 0).all()
+    assert model.head.fc.weight.abs().max() <= model.num_features ** -0.5
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_init_weights_after_meta(name):
+    model = small(name, device='meta', dtype=torch.float64).to_empty(device='cpu')
+    for t in [*model.parameters(), *model.buffers()]:
+        t.data.fill_(float('nan') if t.is_floating_point() else -1)
+    model.init_weights()
+    expected = small(name, dtype=torch.float64).state_dict()
+    for key, value in model.state_dict().items():
+        if value.ndim == 1 and 'fc' not in key or value.ndim == 0:
+            assert_close(value, expected[key], msg=key)
+        assert torch.isfinite(value).all(), key
+    assert torch.isfinite(model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))).all()
+
+
+# --- Feature maps ---
+
+@pytest.mark.parametrize('name', MODELS)
+def test_feature_info(name):
+    model = timm.create_model(name, device='meta', features_only=True)
+    names = model.feature_info.module_name()
+    if name in IMAGENET:
+        assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+        assert names == ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
+    else:
+        assert model.feature_info.reduction() == [1, 2, 4]
+        assert names == ['stage1', 'stage2', 'stage3']
+
+
+@pytest.mark.parametrize('size', [(64, 96), (33, 50), (17, 33), (1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize('name', SMALL)
+def test_feature_maps_of_any_input_size(name, size):
+    model = small(name, features_only=True).eval()
+    maps = model(torch.randn(1, 3, *size))
+    for fmap, chs, r in zip(maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True):
+        assert fmap.shape == (1, chs, math.ceil(size[0] / r), math.ceil(size[1] / r))
+    assert small(name).eval()(torch.randn(1, 3, *size)).shape[0] == 1
+
+
+def test_empty_and_wrong_images():
+    model = small('gunn18').eval()
+    with pytest.raises(RuntimeError, match='3 channels, but got 4'):
+        model(torch.randn(1, 4, 64, 64))
+    with pytest.raises(RuntimeError, match=r'zero|greater than|size'):
+        model(torch.randn(1, 3, 0, 64))
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (1, 3), (2,), (4,), (-1,), (-2, -1), 3, (0, 4)], ids=str)
+def test_out_indices(out_indices):
+    model = small('gunn18', features_only=True, out_indices=out_indices).eval()
+    full = small('gunn18', features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = full(x)
+    expected = expected[-out_indices:] if isinstance(out_indices, int) else [expected[i] for i in out_indices]
+    assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_dilated_network_contains_the_strided_one(output_stride):
+    """Outputs of the dilated network at every (32 / output_stride)-th pixel are those of the strided network."""
+    strided = randomise(small('gunn18', features_only=True, dtype=torch.float64)).eval()
+    dilated = small('gunn18', features_only=True, dtype=torch.float64, output_stride=output_stride).eval()
+    dilated.load_state_dict(strided.state_dict(), strict=True)
+    reduction = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
+    assert dilated.feature_info.reduction() == reduction
+    x = torch.randn(1, 3, 128, 192, dtype=torch.float64)
+    for y, z, r in zip(strided(x), dilated(x), (2, 4, 8, 16, 32), strict=True):
+        step = max(r // output_stride, 1)
+        assert z.shape[-2:] == (128 * step // r, 192 * step // r)
+        assert_close(z[..., ::step, ::step], y)
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride_of_cifar_networks_is_a_bound(output_stride):
+    model = small('gunn15', features_only=True, output_stride=output_stride)
+    assert model.feature_info.reduction() == [1, 2, 4]
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_features_are_the_children_in_order(name):
+    """As torchvision's IntermediateLayerGetter, and much code like it, assumes."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    model = randomise(small(name)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    names = [info['module'] for info in model.feature_info]
+    maps = IntermediateLayerGetter(model, {n: n for n in names})(x)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert_close(list(maps.values()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_returned_maps_are_not_changed_afterwards(name):
+    model = small(name)
+    seen = {}
+    for child_name, child in model.named_children():
+        child.register_forward_hook(lambda m, i, out, n=child_name: seen.update({n: (out, out.detach().clone())}))
+    model(torch.randn(2, 3, 64, 64))
+    for child_name, (out, then) in seen.items():
+        assert torch.equal(out, then), child_name
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_group_matcher(name):
+    model = timm.create_model(name, device='meta')
+    fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    stages = len(model.feature_names) - (name in IMAGENET)
+    assert coarse['stem.conv.weight'] == fine['stem.conv.weight'] == 0
+    for i in range(1, stages + 1):
+        assert coarse[f'stage{i}.conv.weight'] == coarse[f'stage{i}.layer.units.0.conv1.conv.weight'] == i
+        assert fine[f'stage{i}.conv.weight'] == fine[f'stage{i}.bn.bias'] == 2 * i - 1
+        assert fine[f'stage{i}.layer.units.0.conv1.conv.weight'] == 2 * i
+    if name in CIFAR:
+        assert (coarse['final_conv.conv.weight'], fine['final_conv.conv.weight']) == (stages, 2 * stages)
+    assert (coarse['head.fc.weight'], fine['head.fc.weight']) == (stages + 1, 2 * stages + 1)
+
+
+# --- Training ---
+
+def saved_bytes(model, x):
+    """Bytes that autograd keeps for the backward pass of model(x), each storage once, without parameters and input."""
+    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    return sum(saved.values()), out
+
+
+def train_step(model, x):
+    out = model(x)
+    sum(o.square().mean() for o in (out if isinstance(out, list) else [out])).backward()
+    return {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('features_only', [False, True])
+@pytest.mark.parametrize('name', ['gunn18', 'sunn18', 'gunn15'])
+def test_grad_checkpointing(name, features_only, reentrant):
+    """Gradients and running statistics come out as they do without."""
+    model = small(name, features_only=features_only, dtype=torch.float64, drop_path_rate=0.2).train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    timm.layers.set_reentrant_ckpt(reentrant)
+    try:
+        for _ in range(2):
+            torch.manual_seed(1)
+            grads, buffers = train_step(model, x)
+            torch.manual_seed(1)
+            grads_ckpt, buffers_ckpt = train_step(other, x)
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+    assert_close(grads_ckpt, grads)
+    assert_close(buffers_ckpt, buffers)
+    assert int(buffers_ckpt['stage2.layer.units.0.conv1.bn.num_batches_tracked']) == 2
+
+
+@pytest.mark.parametrize('features_only', [False, True])
+@pytest.mark.parametrize('name', ['gunn18', 'sunn18', 'gunn15'])
+def test_grad_checkpointing_keeps_less(name, features_only):
+    model = timm.create_model(name, features_only=features_only)
+    x = torch.randn(1, 3, 64, 64)
+    plain, _ = saved_bytes(model, x)
+    model.set_grad_checkpointing()
+    print(name, plain, saved_bytes(model, x)[0])
+    assert saved_bytes(model, x)[0] < plain / 5
+    model.set_grad_checkpointing(False)
+    assert saved_bytes(model, x)[0] == plain
+
+
+@pytest.mark.parametrize('convert', [
+    timm.layers.freeze_batch_norm_2d, timm.layers.convert_sync_batchnorm,
+    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_splitbn_model], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_converted_networks(name, convert):
+    """In eval mode, and in train mode of the frozen one, nothing changes; every network still trains."""
+    model = randomise(small(name)).eval()
+    x = torch.randn(4, 3, 64, 64)
+    expected = model(x)
+    converted = convert(copy.deepcopy(model)).eval()
+    assert_same_output(converted(x), expected)
+    converted.train()
+    if convert is timm.layers.freeze_batch_norm_2d:
+        assert_same_output(converted(x[:1]), expected[:1])
+    grads, _ = train_step(converted, x)
+    assert all(g is not None and torch.isfinite(g).all() for g in grads.values())
+
+
+def test_drop_path_rises_with_depth():
+    model = timm.create_model('gunn18', drop_path_rate=0.3, device='meta')
+    rates = [getattr(m.drop_path, 'drop_prob', 0.) for m in model.modules() if isinstance(m, GunnLayer)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_pure_bfloat16_channels_last(name):
+    model = small(name, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    grads, _ = train_step(model, x)
+    assert all(g.dtype == torch.bfloat16 and torch.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_copies(name):
+    model = randomise(small(name)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    ema = timm.utils.ModelEmaV3(model)
+    ema.update(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ema.module):
+        assert_close(copied(x), model(x), rtol=0, atol=0)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = timm.create_model(name, **SMALL[name]).eval()
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert_close(fresh(x), model(x), rtol=0, atol=0)
+
+
+# --- Compilers and exporters ---
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
+def test_compile(name, training):
+    model = randomise(small(name)).train(training)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True, dynamic=False)
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        grads, buffers = train_step(model, x)
+        grads_compiled, buffers_compiled = train_step(compiled, x)
+    assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert_close({k.removeprefix('_orig_mod.'): v for k, v in grads_compiled.items()}, grads, rtol=1e-3, atol=1e-4)
+    assert_close(
+        {k.removeprefix('_orig_mod.'): v for k, v in buffers_compiled.items()}, buffers, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_with_grad_checkpointing():
+    model = small('gunn18').train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64)
+    grads, buffers = train_step(model, x)
+    grads_compiled, buffers_compiled = train_step(torch.compile(other, backend='aot_eager'), x)
+    assert_close({k.removeprefix('_orig_mod.'): v for k, v in grads_compiled.items()}, grads, rtol=1e-3, atol=1e-4)
+    assert_close(
+        {k.removeprefix('_orig_mod.'): v for k, v in buffers_compiled.items()}, buffers, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_torchscript(name):
+    model = randomise(small(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch.jit is deprecated
+        scripted = torch.jit.script(copy.deepcopy(model))
+        traced = torch.jit.trace(copy.deepcopy(model).eval(), torch.randn(1, 3, 32, 32))
+    x = torch.randn(2, 3, 40, 32)
+    assert_close(traced(x), copy.deepcopy(model).eval()(x), rtol=1e-4, atol=1e-5)
+    grads, buffers = train_step(model, x)
+    grads_scripted, buffers_scripted = train_step(scripted, x)
+    assert_close(grads_scripted, grads, rtol=1e-4, atol=1e-5)
+    assert_close(buffers_scripted, buffers, rtol=1e-4, atol=1e-5)
+    assert_close(scripted.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_fx_of_torchvision(name):
+    """Extraction by a tracer that knows nothing of timm's leaf modules, in both modes."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+    model = randomise(small(name))
+    x = torch.randn(2, 3, 32, 32)
+    extractor = create_feature_extractor(copy.deepcopy(model), ['stage1.act', 'head'])
+    for training in (False, True):
+        model.train(training)
+        extractor.train(training)
+        assert_close(extractor(x)['head'], model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
+def test_export_with_dynamic_shapes(name):
+    model = randomise(small(name)).eval()
+    exported = torch.export.export(
+        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={'x': dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)})
+    for shape in [(2, 3, 64, 96), (1, 3, 75, 33)]:
+        x = torch.randn(*shape)
+        assert_same_output(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
+def test_onnx(name, dynamo, tmp_path):
+    import onnxruntime
+    model = randomise(small(name)).eval()
+    path = str(tmp_path / 'model.onnx')
+    axes = {0: 'b', 2: 'h', 3: 'w'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter's own making
+        torch.onnx.export(
+            model, (torch.randn(2, 3, 64, 96),), path, dynamo=dynamo, input_names=['x'],
+            **(dict(dynamic_shapes={'x': dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}) if dynamo
+               else dict(dynamic_axes={'x': axes})))
+    session = onnxruntime.InferenceSession(path)
+    for shape in [(2, 3, 64, 96), (1, 3, 75, 33)]:
+        x = torch.randn(*shape)
+        out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_same_output(torch.from_numpy(out), model(x))

@@ -1,0 +1,240 @@
+"""How timm comes to know the models: real installs into a virtual environment, and what fresh interpreters see there."""
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NAMES = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
+LIST = f'assert timm.list_models(module="gunn") == {NAMES}; '
+
+
+class Environment:
+    """A virtual environment that sees every package of the present one but timm-gunn."""
+
+    def __init__(self, path: Path):
+        venv.create(path, with_pip=False)
+        self.python = str(path / 'bin' / 'python')
+        self.site = Path(self('import sysconfig; print(sysconfig.get_path("purelib"))').stdout.strip())
+        for entry in Path(sysconfig.get_path('purelib')).iterdir():
+            if 'timm_gunn' not in entry.name and not entry.name.endswith('.pth') and entry.name != '__pycache__':
+                (self.site / entry.name).symlink_to(entry)
+
+    def __call__(self, code: str, *options: str, fails: bool = False, **env: str) -> subprocess.CompletedProcess:
+        """Run code in a fresh interpreter, elsewhere than in the source tree."""
+        clean = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'TORCH_DEVICE_BACKEND_AUTOLOAD')}
+        result = subprocess.run(
+            [self.python, *options, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
+            cwd=Path(self.python).parent, env={**clean, **env})
+        assert (result.returncode != 0) == fails, result.stderr
+        return result
+
+    def pip(self, *args: str) -> None:
+        result = subprocess.run(
+            [sys.executable, '-m', 'pip', '--python', self.python, *args, '--disable-pip-version-check'],
+            capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+
+    def install(self, *args: str) -> None:
+        self.pip('install', '--no-deps', '--no-build-isolation', '--no-index', *args)
+
+    def traces(self) -> list[str]:
+        return [p.name for p in self.site.iterdir() if 'gunn' in p.name]
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A copy of what the package is built from."""
+    path = tmp_path_factory.mktemp('source') / 'timm-gunn'
+    path.mkdir()
+    for name in ('timm_gunn', 'pyproject.toml', 'README.md', 'LICENSE', 'NOTICE'):
+        item = ROOT / name
+        (shutil.copytree if item.is_dir() else shutil.copy)(item, path / name)
+    return path
+
+
+@pytest.fixture(scope='module')
+def wheel_env(source, tmp_path_factory):
+    env = Environment(tmp_path_factory.mktemp('wheel') / 'venv')
+    env.install(str(source))
+    return env
+
+
+@pytest.mark.parametrize('imports', [
+    'import timm', 'import torch, timm', 'import torchvision, timm', 'import timm.models.resnet, timm',
+    'from timm.models import create_model; import timm', 'import timm.layers, timm',
+    'import timm, timm_gunn', 'import timm_gunn, timm', 'import timm_gunn.layer, timm', 'import timm_gunn.gunn, timm',
+    'from timm_gunn import GunnLayer; import timm', 'import torch, timm_gunn, timm',
+])
+def test_import_orders(wheel_env, imports):
+    """Every order registers all the names once (timm warns of a second registration) and leaves no hook."""
+    result = wheel_env(f'''
+        {imports}
+        {LIST}
+        import sys
+        assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
+        timm.create_model("gunn15", device="meta")''', '-W', 'default')
+    assert 'Overwriting' not in result.stderr
+    assert 'timm-gunn could not' not in result.stderr
+
+
+@pytest.mark.parametrize('options', [(), ('-I',), ('-O',), ('-E', '-s')], ids=' '.join)
+def test_interpreter_options(wheel_env, options):
+    wheel_env('import timm; ' + LIST, *options)
+
+
+def test_autoload_switched_off(wheel_env):
+    off = dict(TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    wheel_env('import timm; assert not timm.list_models("gunn*")', **off)
+    wheel_env('import timm, timm_gunn; ' + LIST, **off)
+    wheel_env('import timm_gunn, timm; ' + LIST, **off)
+
+
+def test_torch_alone_gets_nothing_but_the_hook(wheel_env):
+    """Neither timm nor the package is imported, nor any module for the hook's sake, when only torch is."""
+    wheel_env('''
+        import sys
+        import torch
+        assert not [m for m in sys.modules if m.split(".")[0] in ("timm", "timm_gunn", "torchvision")]
+        hooks = [f for f in sys.meta_path if type(f).__module__ == "_timm_gunn_autoload"]
+        assert sys.meta_path[0] in hooks and len(hooks) == 1''')
+    wheel_env('''
+        import sys
+        before = set(sys.modules)
+        import _timm_gunn_autoload
+        _timm_gunn_autoload.arm()
+        _timm_gunn_autoload.arm()
+        assert set(sys.modules) - before == {"_timm_gunn_autoload"}
+        assert len([f for f in sys.meta_path if type(f).__module__ == "_timm_gunn_autoload"]) == 1''')
+
+
+def test_timm_is_left_as_it_was(wheel_env):
+    """Module, spec and loader of timm.models are those of an import without the hook."""
+    code = '''
+        import inspect, sys, timm.models
+        m = timm.models
+        print(sorted(vars(m)), type(m), m.__file__, type(m.__loader__), m.__spec__.loader is m.__loader__,
+              sorted(vars(m.__loader__).items()), m.__spec__.origin, m.__spec__.submodule_search_locations,
+              inspect.getsource(m) == open(m.__file__).read(), [type(f).__name__ for f in sys.meta_path])'''
+    assert wheel_env(code).stdout == wheel_env(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Write packages that stand before the installed ones: fake('timm_gunn', code) gives the environment to pass."""
+    def write(name, code):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(code))
+        return dict(PYTHONPATH=str(tmp_path))
+    return write
+
+
+@pytest.mark.parametrize('options', [(), ('-W', 'error::RuntimeWarning')], ids=['default', 'warnings are errors'])
+def test_failure_of_ours_is_one_warning(wheel_env, fake, options):
+    env = fake('timm_gunn/__init__.py', 'raise OSError("disk on fire")')
+    result = wheel_env('import torch, timm; print(len(timm.list_models()) > 1000, timm.list_models("gunn*"))',
+                       *options, **env)
+    assert result.stdout.split() == ['True', '[]']
+    assert result.stderr.count('timm-gunn could not register its models with timm: OSError: disk on fire') == 1
+
+
+def test_old_timm_is_one_warning(wheel_env, fake):
+    fake('timm/__init__.py', 'import torch; from . import models; __version__ = "0.4.12"')
+    env = fake('timm/models/__init__.py', 'from torch import nn')
+    result = wheel_env('import timm; print(timm.__version__)', **env)
+    assert result.stdout.strip() == '0.4.12'
+    assert result.stderr.count('timm-gunn could not register its models with timm') == 1
+    assert 'No module named' in result.stderr or 'cannot import name' in result.stderr
+
+
+def test_timm_that_fails_once(wheel_env, fake):
+    """The hook survives a failed import of timm, whose own error is the one that the user sees."""
+    fake('timm/__init__.py', 'import torch; from . import models')
+    env = fake('timm/models/__init__.py', 'import os; assert "READY" in os.environ, "not yet"')
+    result = wheel_env('''
+        import os, sys
+        try:
+            import timm
+        except AssertionError as e:
+            print("failed:", e)
+        os.environ["READY"] = "1"
+        sys.modules.pop("timm", None)
+        import timm''', **env)
+    assert result.stdout.strip() == 'failed: not yet'
+    assert result.stderr.count('could not register') == 1  # reached on the second attempt; this timm is no timm
+
+
+def test_no_timm_at_all(wheel_env, fake):
+    env = fake('timm.py', 'raise ModuleNotFoundError("No module named timm")')
+    assert 'No module named timm' in wheel_env('import torch; print(1); import timm', fails=True, **env).stderr
+
+
+def test_spawned_loader_workers_unpickle_a_model(wheel_env, fake):
+    env = fake('spawning.py', '''
+        import timm, torch
+
+        class Features(torch.utils.data.Dataset):
+            def __init__(self):
+                self.model = timm.create_model("gunn15", channels=(4, 4, 4), segments=(2, 2, 2)).eval()
+
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, i):
+                with torch.no_grad():
+                    return self.model(torch.full((1, 3, 8, 8), float(i)))[0]
+
+        if __name__ == "__main__":
+            data = Features()
+            loader = torch.utils.data.DataLoader(data, 2, num_workers=2, multiprocessing_context="spawn")
+            assert torch.allclose(torch.cat(list(loader)), torch.stack([data[i] for i in range(4)]), atol=1e-5)
+            print("same")''')
+    result = wheel_env('import runpy; runpy.run_module("spawning", run_name="__main__", alter_sys=True)', **env)
+    assert result.stdout.strip() == 'same'
+
+
+def test_processes_of_torch_distributed_run(wheel_env, tmp_path):
+    script = tmp_path / 'worker.py'
+    script.write_text('import timm; print(timm.create_model("gunn15", device="meta").num_features)')
+    result = subprocess.run(
+        [wheel_env.python, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(script)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.stdout.split() == ['360', '360'], result.stderr
+
+
+def test_editable_install_and_uninstall(source, tmp_path):
+    env = Environment(tmp_path / 'venv')
+    assert env.traces() == []
+    copy = tmp_path / 'copy'
+    shutil.copytree(source, copy)
+    env.install('--editable', str(copy))
+    where = env('import timm; ' + LIST + 'import timm_gunn; print(timm_gunn.__file__)').stdout.strip()
+    assert Path(where).parent.parent == copy
+
+    # A source tree that is moved away breaks the package, but neither torch nor timm.
+    copy.rename(tmp_path / 'moved')
+    result = env('import torch, timm; print(timm.list_models("gunn*"))')
+    assert result.stdout.strip() == '[]'
+    assert result.stderr.count("could not register its models with timm: ModuleNotFoundError: No module named 'timm_gunn'"
+                               ) == 1
+
+    env.pip('uninstall', '--yes', 'timm-gunn')
+    assert env.traces() == []
+    env('import sys, timm; assert not timm.list_models("gunn*"); assert not [m for m in sys.modules if "gunn" in m]')
+
+
+def test_wheel_uninstall_leaves_nothing(source, tmp_path):
+    env = Environment(tmp_path / 'venv')
+    env.install(str(source))
+    assert set(env.traces()) == {'timm_gunn', '_timm_gunn_autoload.py', 'timm_gunn-0.1.0.dist-info'}
+    assert (env.site / 'timm_gunn' / 'py.typed').exists()
+    assert not (env.site / 'timm_gunn' / '_autoload.py').exists()
+    env('import timm; ' + LIST)
+    env.pip('uninstall', '--yes', 'timm-gunn')
+    assert env.traces() == []
