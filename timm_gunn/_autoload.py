@@ -57,7 +57,10 @@ def _register():
     try:
         import timm_gunn  # noqa: F401
     except Exception as e:
-        _warn(f'timm-gunn could not register its models with timm: {type(e).__name__}: {e}')
+        version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
+        _warn(
+            f'timm-gunn could not register its models with timm {version} (it needs 1.0.22 or newer): '
+            f'{type(e).__name__}: {e}')
 
 
 def _warn(message):

@@ -1,0 +1,202 @@
+"""timm's unmodified scripts on the networks of this package, for a checkout named by TIMM_CHECKOUT.
+
+    git clone https://github.com/huggingface/pytorch-image-models ../pytorch-image-models
+    TIMM_CHECKOUT=../pytorch-image-models python -m pytest tests/test_stock_scripts.py
+
+A script in a checkout imports the timm of that checkout, not the installed one.
+"""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKOUT = os.environ.get('TIMM_CHECKOUT')
+if not CHECKOUT:
+    pytest.skip('TIMM_CHECKOUT does not name a checkout of pytorch-image-models', allow_module_level=True)
+CHECKOUT = Path(CHECKOUT).resolve()
+
+pytestmark = pytest.mark.slow
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """An image folder of two classes, bright and dark noise: 16 training and 8 validation images of 32x32."""
+    from PIL import Image
+    root = tmp_path_factory.mktemp('images')
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 8), ('validation', 4)):
+        for label, base in (('bright', 120), ('dark', 0)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(base, base + 130, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / label / f'{i}.png')
+    return root
+
+
+def run(script, *args, launcher=(), cwd=None, timeout=600):
+    """Run a script of the checkout to its end; returns what it printed."""
+    result = subprocess.run(
+        [sys.executable, *launcher, str(CHECKOUT / script), *map(str, args)], cwd=cwd, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return result.stdout
+
+
+def train_args(images, output, model='gunn15', epochs=1, batch_size=8):
+    return [
+        '--data-dir', images, '--model', model, '--num-classes', 2, '--device', DEVICE, '--workers', 1,
+        '--batch-size', batch_size, '--epochs', epochs, '--lr', 0.01, '--sched', 'none', '--warmup-epochs', 0,
+        '--output', output, '--experiment', 'run']
+
+
+def summary(output):
+    with open(output / 'run' / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope='session')
+def checkpoints(images, tmp_path_factory):
+    """Output of two epochs of training, with its checkpoints."""
+    output = tmp_path_factory.mktemp('trained')
+    run('train.py', *train_args(images, output, epochs=2), '--model-ema')
+    return output / 'run'
+
+
+OPTIONS = {
+    'amp bfloat16': ['--amp', '--amp-dtype', 'bfloat16'],
+    'channels last': ['--channels-last'],
+    'ema': ['--model-ema', '--model-ema-decay', 0.5],
+    'grad checkpointing': ['--grad-checkpointing'],
+    'grad accumulation': ['--grad-accum-steps', 2],
+    'split bn': ['--split-bn', '--aug-splits', 2, '--aa', 'rand-m9-mstd0.5', '--jsd-loss'],
+    'head init scale': ['--head-init-scale', 0.01],
+    'bce': ['--bce-loss'],
+    'mixup': ['--mixup', 0.2, '--cutmix', 0.5],
+    'drop path': ['--drop-path', 0.1, '--drop', 0.1],
+    'layer decay': ['--layer-decay', 0.75, '--opt', 'adamw'],
+    'weight decay on all': ['--weight-decay', 1e-4, '--opt-kwargs', 'filter_bias_and_bn=False'],
+    'model dtype': ['--model-dtype', 'bfloat16'],
+    'torchcompile': ['--torchcompile', 'aot_eager'],
+    'all together': ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema', '--grad-checkpointing',
+                     '--drop-path', 0.1, '--mixup', 0.2, '--layer-decay', 0.9],
+}
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_train_options(images, tmp_path, options):
+    run('train.py', *train_args(images, tmp_path), *OPTIONS[options])
+    row, = summary(tmp_path)
+    assert math.isfinite(float(row['train_loss']))
+    assert math.isfinite(float(row['eval_loss']))
+
+
+@pytest.mark.parametrize('model', ['gunn18', 'sunn18', 'gunn15_nores'])
+def test_train_other_networks(images, tmp_path, model):
+    run('train.py', *train_args(images, tmp_path, model), '--img-size', 64)
+    assert math.isfinite(float(summary(tmp_path)[0]['eval_loss']))
+
+
+@pytest.mark.parametrize('options', [
+    pytest.param(['--torchcompile'], id='inductor'),
+    pytest.param(['--amp', '--amp-dtype', 'float16'], id='amp float16', marks=needs_gpu),
+])
+def test_train_costly_options(images, tmp_path, options):
+    run('train.py', *train_args(images, tmp_path), *options, timeout=1200)
+    assert math.isfinite(float(summary(tmp_path)[0]['eval_loss']))
+
+
+@pytest.mark.parametrize('options', [
+    pytest.param([], id='plain'),
+    pytest.param(['--sync-bn'], id='sync-bn', marks=[pytest.mark.gpu, pytest.mark.skipif(
+        torch.cuda.device_count() < 2, reason='SyncBatchNorm needs two CUDA devices')]),
+])
+def test_train_distributed(images, tmp_path, options):
+    run('train.py', *train_args(images, tmp_path, batch_size=4), *options,
+        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'])
+    assert math.isfinite(float(summary(tmp_path)[0]['eval_loss']))
+
+
+def test_resume_after_a_kill(images, tmp_path):
+    """Killed after its second epoch and resumed, a run goes through the losses of one that was left alone."""
+    def args(output):  # one batch of all images as they are, so that neither order nor augmentation is random
+        return [*train_args(images, output, epochs=4, batch_size=16), '--no-aug', '--smoothing', 0]
+
+    run('train.py', *args(tmp_path / 'whole'))
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / 'train.py'), *map(str, args(tmp_path / 'killed'))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / 'killed' / 'run' / 'summary.csv'
+    deadline = time.monotonic() + 300
+    while not path.exists() or path.read_text().count('\n') < 3:  # a header and two epochs
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run('train.py', *args(tmp_path / 'resumed'), '--resume', path.parent / 'last.pth.tar')
+    whole = {row['epoch']: row for row in summary(tmp_path / 'whole')}
+    resumed = summary(tmp_path / 'resumed')
+    assert resumed[-1]['epoch'] == '3'
+    assert len(resumed) in (2, 3)  # the kill may fall before the second epoch's checkpoint is complete
+    for row in resumed:
+        for key in ('train_loss', 'eval_loss'):
+            assert float(row[key]) == pytest.approx(float(whole[row['epoch']][key]), rel=1e-3), (row, whole)
+
+
+@pytest.mark.parametrize('options', [[], ['--use-ema'], ['--amp', '--amp-dtype', 'bfloat16', '--channels-last']], ids=str)
+def test_validate(images, checkpoints, options):
+    out = run('validate.py', images, '--model', 'gunn15', '--num-classes', 2, '--checkpoint',
+              checkpoints / 'last.pth.tar', '--device', DEVICE, '--workers', 1, '--batch-size', 8, *options)
+    assert '"top1":' in out
+    if not options:
+        expected = summary(checkpoints.parent)[-1]['eval_top1']
+        assert f'"top1": {float(expected):g}' in out
+
+
+def test_inference(images, checkpoints, tmp_path):
+    run('inference.py', images / 'validation', '--model', 'gunn15', '--num-classes', 2, '--checkpoint',
+        checkpoints / 'last.pth.tar', '--device', DEVICE, '--workers', 1, '--results-dir', tmp_path, '--topk', 2)
+    with open(next(tmp_path.glob('*.csv')), newline='') as f:
+        assert len(list(csv.reader(f))) == 8 + 1
+
+
+@pytest.mark.parametrize('model', ['gunn15', 'gunn18'])
+def test_benchmark(tmp_path, model):
+    out = run('benchmark.py', '--model', model, '--bench', 'both', '--device', DEVICE, '--batch-size', 2,
+              '--img-size', 32, '--num-warm-iter', 1, '--num-bench-iter', 1, cwd=tmp_path)
+    assert '"train_samples_per_sec"' in out
+    assert '"infer_samples_per_sec"' in out
+
+
+@pytest.mark.parametrize('options', [[], ['--dynamo']], ids=['torchscript', 'dynamo'])
+def test_onnx(images, checkpoints, tmp_path, options):
+    path = tmp_path / 'gunn15.onnx'
+    run('onnx_export.py', path, '--model', 'gunn15', '--num-classes', 2, '--checkpoint', checkpoints / 'last.pth.tar',
+        '--check-forward', *options)
+    out = run('onnx_validate.py', images / 'validation', '--onnx-input', path, '--img-size', 32, '--batch-size', 1,
+              '--workers', 1, '--crop-pct', 1.0, '--interpolation', 'bicubic', '--mean', 0.4913725490196078,
+              0.4823529411764706, 0.4466666666666667, '--std', 0.24705882352941178, 0.24352941176470588,
+              0.2615686274509804)
+    expected = float(summary(checkpoints.parent)[-1]['eval_top1'])
+    assert f'Prec@1 {expected:.3f}' in out
+
+
+def test_average_and_clean_checkpoints(images, checkpoints, tmp_path):
+    average, clean = tmp_path / 'average.safetensors', tmp_path / 'clean.safetensors'
+    run('avg_checkpoints.py', '--input', checkpoints, '--filter', 'checkpoint-*.pth.tar', '--output', average,
+        '--safetensors', '-n', 2)
+    run('clean_checkpoint.py', '--checkpoint', checkpoints / 'last.pth.tar', '--output', clean, '--safetensors',
+        '--no-hash')
+    for path in (average, clean):
+        out = run('validate.py', images, '--model', 'gunn15', '--num-classes', 2, '--checkpoint', path,
+                  '--device', DEVICE, '--workers', 1, '--batch-size', 8)
+        assert '"top1":' in out
