@@ -9,14 +9,14 @@ from pathlib import Path
 CACHE = Path(__file__).parent.parent / '.cache'
 
 
-def tests_of_timm() -> Path:
+def folder_of_timm_tests() -> Path:
     """Folder of the tests of the installed timm, whether it is there or not."""
     return CACHE / f'timm-{version("timm")}' / 'tests'
 
 
 def fetch() -> Path:
     """Download and unpack unless done before; a download that fails leaves nothing behind."""
-    tests = tests_of_timm()
+    tests = folder_of_timm_tests()
     if not (tests / 'test_models.py').exists():
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:

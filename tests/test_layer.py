@@ -233,6 +233,20 @@ def test_initialisation_by_the_fan_of_a_unit(shortcut):
         if isinstance(norm, nn.BatchNorm2d):
             assert (norm.weight == 1).all()
             assert (norm.bias == 0).all()
+            assert (norm.running_mean == 0).all()
+    # Running variances are those of the outputs for inputs of variance 1.
+    conv, bn = layer.units[0].conv1.conv, layer.units[0].conv1.bn
+    var = conv(torch.randn(64, 256, 8, 8)).var((0, 2, 3))
+    assert var.mean().item() == pytest.approx(bn.running_var.mean().item(), rel=0.05)
+    assert (bn.running_var == bn.running_var[0]).all()
+
+
+@pytest.mark.parametrize('convert', [lambda m: m.eval(), timm.layers.freeze_batch_norm_2d])
+def test_fresh_layer_with_fixed_statistics_is_well_scaled(convert):
+    """With a running variance of 1 it would overflow: a unit's convolutions amplify, and each reads the last one's."""
+    torch.manual_seed(0)
+    y = convert(GunnLayer(2000, 50))(torch.randn(1, 2000, 4, 4))
+    assert 1 < y.std().item() < 10
 
 
 @pytest.mark.parametrize('ordered', [True, False])

@@ -22,7 +22,6 @@ if not CHECKOUT:
     pytest.skip('TIMM_CHECKOUT does not name a checkout of pytorch-image-models', allow_module_level=True)
 CHECKOUT = Path(CHECKOUT).resolve()
 
-pytestmark = pytest.mark.slow
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import timm
-from fetch_timm_tests import tests_of_timm
+from fetch_timm_tests import folder_of_timm_tests
 
 MODELS = timm.list_models(module='gunn')
+LARGE = ('gunn24', 'sunn24', 'wide_gunn18')  # of the architectures that the smaller networks have too
 
 
 def _list_models(filter='', module='', pretrained=False, exclude_filters='', name_matches_cfg=False, include_tags=None):
@@ -37,7 +38,7 @@ LITERAL = {
 
 
 def _load():
-    path = tests_of_timm() / 'test_models.py'
+    path = folder_of_timm_tests() / 'test_models.py'
     if not path.exists():
         pytest.skip(f'no {path}: fetch it with python tests/fetch_timm_tests.py', allow_module_level=True)
     spec = importlib.util.spec_from_file_location('timm_test_models', path)
@@ -58,7 +59,9 @@ def _parameters_over_models(test):
 
 def _over_our_models(test, **kwargs):
     """A test with literal names, for our models."""
-    @pytest.mark.parametrize('model_name', MODELS)
+
+    @pytest.mark.parametrize('model_name', [
+        pytest.param(m, marks=pytest.mark.slow if m in LARGE else ()) for m in MODELS])
     def run(model_name):
         test(model_name, **kwargs)
     return run

@@ -100,7 +100,7 @@ class GunnLayer(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Draw every convolution from N(0, sqrt(2 / (k * k * out))), `out` of one unit; reset the norms."""
+        """Draw every convolution from N(0, sqrt(2 / (k * k * out))), `out` of one unit; reset its norm."""
         for m in self.modules():
             if isinstance(m, ConvNorm):
                 m.reset_parameters()
@@ -213,10 +213,14 @@ class ConvNorm(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Initialise each unit's convolution by its own fan, not by that of the stack."""
-        fan_out = self.rows * self.conv.weight[0, 0].numel()
-        nn.init.normal_(self.conv.weight, std=(2.0 / fan_out) ** 0.5)
-        reset_norm(self.bn)
+        """Initialise each unit's convolution by its own fan, not by that of the stack, and reset the norm.
+
+        The running variance starts at what inputs of variance 1 give. From 1, a fresh network in eval mode, or with
+        frozen norms, would amplify its state in unit after unit: a unit reads N channels, but its fan_out is small.
+        """
+        std = (2.0 / (self.rows * self.conv.weight[0, 0].numel())) ** 0.5
+        nn.init.normal_(self.conv.weight, std=std)
+        reset_norm(self.bn, running_var=std ** 2 * self.conv.weight[0].numel())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""
@@ -261,11 +265,12 @@ def check_norm(norm: nn.Module, channels: int) -> None:
             'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
 
 
-def reset_norm(norm: nn.Module) -> None:
-    """Set weight 1, bias 0 and fresh running statistics in a norm of any class that check_norm admits."""
-    for name, t in chain(norm.named_parameters(), norm.named_buffers()):
-        with torch.no_grad():
-            t.fill_(1.0 if name.endswith(('weight', 'running_var')) else 0.0)
+def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
+    """Set weight 1, bias 0 and initial running statistics in a norm of any class that check_norm admits."""
+    values = {'weight': 1.0, 'running_var': running_var}
+    with torch.no_grad():
+        for name, t in chain(norm.named_parameters(), norm.named_buffers()):
+            t.fill_(values.get(name.rpartition('.')[2], 0.0))
 
 
 def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
