@@ -146,7 +146,7 @@ def test_failure_of_ours_is_one_warning(wheel_env, fake, options):
 
 
 def test_old_timm_is_one_warning(wheel_env, fake):
-    fake('timm/__init__.py', 'import torch; from . import models; __version__ = "0.4.12"')
+    fake('timm/__init__.py', '__version__ = "0.4.12"; import torch; from . import models')
     env = fake('timm/models/__init__.py', 'from torch import nn')
     result = wheel_env('import timm; print(timm.__version__)', **env)
     assert result.stdout.strip() == '0.4.12'
