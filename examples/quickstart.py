@@ -66,7 +66,8 @@ def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Te
     left, right = fig.subfigures(1, 2, width_ratios=(1.5, 1))
     for ax, i in zip(left.subplots(2, 7).flat, confidence.argsort(), strict=False):
         ax.imshow(images[i, 0], cmap='gray')
-        ax.set_title(f'{predicted[i]} ({confidence[i]:.0%})', color='k' if predicted[i] == labels[i] else 'r', fontsize=9)
+        color = 'k' if predicted[i] == labels[i] else 'r'
+        ax.set_title(f'{predicted[i]} ({confidence[i]:.0%})', color=color, fontsize=9)
         ax.axis('off')
     left.suptitle('least certain held-out images (red: wrong)')
     ax = right.subplots()

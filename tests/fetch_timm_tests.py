@@ -1,4 +1,7 @@
-"""Fetch the source distribution of the installed timm, which holds timm's own tests: python tests/fetch_timm_tests.py"""
+"""Fetch the source distribution of the installed timm, which holds timm's own tests.
+
+    python tests/fetch_timm_tests.py
+"""
 import subprocess
 import sys
 import tarfile

@@ -7,8 +7,9 @@ import timm.layers
 import torch
 import torch.nn as nn
 from reference import ReferenceLayer
-from timm_gunn import GunnLayer
 from torch.testing import assert_close
+
+from timm_gunn import GunnLayer
 
 # n, p, k, m
 SIZES = [(12, 3, 2, 1), (12, 4, 1, 2), (8, 8, 3, 1), (10, 1, 2, 2), (6, 2, 2, 3)]
@@ -148,11 +149,12 @@ def test_batch_counter_advances_once_per_step():
         for _ in range(3):
             layer(torch.randn(4, 12, 2, 2, dtype=torch.float64))
         counters = {n: int(b) for n, b in layer.named_buffers() if n.endswith('num_batches_tracked')}
-        assert counters and set(counters.values()) == {3}, (conversion, counters)
+        assert set(counters.values()) == {3}, (conversion, counters)
 
 
-@pytest.mark.parametrize('norm', ['groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd),
-                                  lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd)])
+@pytest.mark.parametrize('norm', [
+    'groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd),
+    lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd)])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_unsupported_norm(norm, ordered):
     with pytest.raises(TypeError, match=r'(Group|Layer|Instance)Norm.*expected a norm of the BatchNorm family'):
@@ -162,7 +164,7 @@ def test_unsupported_norm(norm, ordered):
 def test_unsupported_modules_swapped_in_later():
     layer = GunnLayer(12, 3)
     layer.units[0].conv2.bn = nn.GroupNorm(2, 24)
-    with pytest.raises(TypeError, match='GroupNorm.*BatchNorm family'):
+    with pytest.raises(TypeError, match=r'GroupNorm.*BatchNorm family'):
         layer(torch.randn(2, 12, 3, 3))
 
     class OddNorm(OtherFrozenBatchNorm2d):
@@ -176,7 +178,7 @@ def test_unsupported_modules_swapped_in_later():
 
     layer = GunnLayer(12, 3)
     layer.units[0].conv1.conv = nn.Sequential(layer.units[0].conv1.conv)
-    with pytest.raises(TypeError, match='expected an nn.Conv2d'):
+    with pytest.raises(TypeError, match=r'expected an nn\.Conv2d'):
         layer(torch.randn(2, 12, 3, 3))
 
 

@@ -10,8 +10,9 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
-from timm_gunn import GunnLayer
 from torch.testing import assert_close
+
+from timm_gunn import GunnLayer
 
 MODELS = timm.list_models(module='gunn')
 IMAGENET = [m for m in MODELS if '18' in m]
@@ -172,7 +173,7 @@ def test_init_weights_after_meta(name):
     model.init_weights()
     expected = small(name, dtype=torch.float64).state_dict()
     for key, value in model.state_dict().items():
-        if value.ndim == 1 and 'fc' not in key or value.ndim == 0:
+        if (value.ndim == 1 and 'fc' not in key) or value.ndim == 0:
             assert_close(value, expected[key], msg=key)
         assert torch.isfinite(value).all(), key
     assert torch.isfinite(model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))).all()

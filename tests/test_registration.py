@@ -1,4 +1,4 @@
-"""How timm comes to know the models: real installs into a virtual environment, and what fresh interpreters see there."""
+"""How timm comes to know the models: real installs into virtual environments, and what fresh interpreters see."""
 import os
 import shutil
 import subprocess
@@ -169,7 +169,8 @@ def test_timm_that_fails_once(wheel_env, fake):
         sys.modules.pop("timm", None)
         import timm''', **env)
     assert result.stdout.strip() == 'failed: not yet'
-    assert result.stderr.count('RuntimeWarning: timm-gunn could not register') == 1  # reached on the second attempt; this timm is no timm
+    # The second attempt reaches the registration, which this timm is no timm for.
+    assert result.stderr.count('RuntimeWarning: timm-gunn could not register') == 1
 
 
 def test_no_timm_at_all(wheel_env, fake):

@@ -53,7 +53,7 @@ def run(script, *args, launcher=(), cwd=None, timeout=600):
 def train_args(images, output, model='gunn15', epochs=1, batch_size=8):
     return [
         '--data-dir', images, '--model', model, '--num-classes', 2, '--device', DEVICE, '--workers', 1,
-        '--batch-size', batch_size, '--epochs', epochs, '--lr', 0.01, '--sched', 'none', '--warmup-epochs', 0,
+        '--batch-size', batch_size, '--epochs', epochs, '--lr', 0.01, '--sched', 'step', '--warmup-epochs', 0,
         '--output', output, '--experiment', 'run']
 
 
@@ -151,7 +151,8 @@ def test_resume_after_a_kill(images, tmp_path):
             assert float(row[key]) == pytest.approx(float(whole[row['epoch']][key]), rel=1e-3), (row, whole)
 
 
-@pytest.mark.parametrize('options', [[], ['--use-ema'], ['--amp', '--amp-dtype', 'bfloat16', '--channels-last']], ids=str)
+@pytest.mark.parametrize(
+    'options', [[], ['--use-ema'], ['--amp', '--amp-dtype', 'bfloat16', '--channels-last']], ids=str)
 def test_validate(images, checkpoints, options):
     out = run('validate.py', images, '--model', 'gunn15', '--num-classes', 2, '--checkpoint',
               checkpoints / 'last.pth.tar', '--device', DEVICE, '--workers', 1, '--batch-size', 8, *options)

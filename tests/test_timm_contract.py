@@ -43,7 +43,7 @@ def _load():
         pytest.skip(f'no {path}: fetch it with python tests/fetch_timm_tests.py', allow_module_level=True)
     spec = importlib.util.spec_from_file_location('timm_test_models', path)
     module = importlib.util.module_from_spec(spec)
-    with mock.patch('timm.list_models', _list_models), mock.patch('timm.list_pretrained', lambda *_, **__: []):
+    with mock.patch('timm.list_models', _list_models), mock.patch('timm.list_pretrained', return_value=[]):
         spec.loader.exec_module(module)
     return module
 

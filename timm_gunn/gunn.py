@@ -16,8 +16,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_layer, get_norm_layer
-from timm.layers import register_notrace_module
+from timm.layers import (
+    ClassifierHead,
+    calculate_drop_path_rates,
+    create_act_layer,
+    get_norm_layer,
+    register_notrace_module,
+)
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
@@ -51,7 +56,7 @@ class GunnStage(nn.Sequential):
     """A transition and a GUNN layer, which update their running statistics once per step under checkpointing too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
             if self.training and _in_backward():
                 with _buffers_set_aside(self):
                     return super().forward(x)
@@ -147,7 +152,8 @@ class Gunn(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f'Gunn: output_stride must be 8, 16 or 32, got {output_stride!r}.')
         if len(channels) != len(segments):
-            raise ValueError(f'Gunn: expected one channels and one segments entry per stage, got {channels}, {segments}.')
+            raise ValueError(
+                f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['GunnLayer', 'ConvNorm', 'Bottleneck']
+__all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
 
 class GunnLayer(nn.Module):
@@ -108,7 +108,7 @@ class GunnLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Update x, (B, N, H, W). Raises ValueError if it does not have N channels."""
         # A symbolic trace (torch.fx) sees no shape; there the first convolution checks.
-        if torch.jit.is_scripting() or isinstance(x, torch.Tensor):
+        if torch.jit.is_scripting() or isinstance(x, torch.Tensor):  # noqa: SIM102
             if x.shape[1] != self.channels:
                 raise ValueError(f'GunnLayer: expected an input of {self.channels} channels, got {x.shape[1]}.')
         if self.ordered and self.segments > 1:
