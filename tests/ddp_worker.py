@@ -3,7 +3,7 @@
 Imports timm alone: the networks must be found in every process.
 """
 import copy
-import os
+import sys
 
 import timm
 import torch
@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def frozen_network(name: str) -> torch.nn.Module:
-    """Statistics of the whole batch cannot differ between one process and two if they are fixed."""
+def network(name: str) -> torch.nn.Module:
+    """A small network of random norm parameters and statistics, in float64."""
     torch.manual_seed(0)
     channels = (12, 16, 20, 24)[:4 if '18' in name else 3]
     model = timm.create_model(name, channels=channels, segments=(3, 4, 5, 6)[:len(channels)], dtype=torch.float64)
@@ -21,14 +21,35 @@ def frozen_network(name: str) -> torch.nn.Module:
             for t in [*m.parameters(), *m.buffers()]:
                 if t.is_floating_point():
                     t.data.uniform_(0.5, 1.5)
-    return timm.layers.freeze_batch_norm_2d(model).train()
+    return model.train()
+
+
+def check_synchronised(name: str, rank: int, size: int) -> None:
+    """SyncBatchNorm, which PyTorch has for GPUs only (one may serve both): statistics are those of the whole batch."""
+    single = network(name).cuda()
+    ddp = DistributedDataParallel(torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(single)))
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64).cuda()
+    single(x).square().mean().backward()
+    ddp(x.chunk(size)[rank]).square().mean().backward()
+    for (n, p), q in zip(single.named_parameters(), ddp.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=n: f'{name} {n}: {m}')
+    for (n, b), c in zip(single.named_buffers(), ddp.module.buffers(), strict=True):
+        torch.testing.assert_close(c, b, msg=lambda m, n=n: f'{name} {n}: {m}')
 
 
 def main() -> None:
     dist.init_process_group('gloo')
     rank, size = dist.get_rank(), dist.get_world_size()
+    if '--sync-bn' in sys.argv:
+        for name in ('gunn15', 'sunn15', 'gunn18', 'gunn24'):
+            check_synchronised(name, rank, size)
+        print(f'process {rank} agrees')
+        dist.destroy_process_group()
+        return
+
     for name in ('gunn15', 'sunn15', 'gunn18', 'gunn24'):
-        single = frozen_network(name)
+        # Statistics of the whole batch cannot differ between one process and two if they are fixed.
+        single = timm.layers.freeze_batch_norm_2d(network(name))
         ddp = DistributedDataParallel(copy.deepcopy(single))
         x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
         y = torch.randint(0, single.num_classes, (8,))
@@ -63,7 +84,7 @@ def main() -> None:
         assert torch.equal(both[0], both[1]), n
     dist.barrier()
     dist.destroy_process_group()
-    print(f'process {os.environ["RANK"]} agrees')
+    print(f'process {rank} agrees')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from timm_gunn import GunnLayer
 
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+
 # n, p, k, m
 SIZES = [(12, 3, 2, 1), (12, 4, 1, 2), (8, 8, 3, 1), (10, 1, 2, 2), (6, 2, 2, 3)]
 
@@ -279,11 +281,13 @@ def low_precision_errors(layer, ref, x, run):
 
 @pytest.mark.parametrize('ordered', [True, False])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_dtype_and_memory_format_are_kept(ordered, memory_format, dtype):
+@pytest.mark.parametrize(('device', 'dtype'), [
+    ('cpu', torch.float32), ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=CUDA),
+    pytest.param('cuda', torch.float16, marks=CUDA)])
+def test_dtype_and_memory_format_are_kept(ordered, memory_format, device, dtype):
     layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)
-    layer, ref = layer.to(dtype=dtype, memory_format=memory_format), ref.to(dtype)
-    x = torch.randn(4, 16, 6, 6, dtype=dtype).to(memory_format=memory_format)
+    layer, ref = layer.to(device, dtype, memory_format=memory_format), ref.to(device, dtype)
+    x = torch.randn(4, 16, 6, 6, device=device, dtype=dtype).to(memory_format=memory_format)
     y = layer(x)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=memory_format)
@@ -291,18 +295,21 @@ def test_dtype_and_memory_format_are_kept(ordered, memory_format, dtype):
     assert error <= 2 * error_ref + 1e-6
 
 
+@pytest.mark.parametrize(('device', 'dtype'), [
+    ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=CUDA),
+    pytest.param('cuda', torch.float16, marks=CUDA)])
 @pytest.mark.parametrize('ordered', [True, False])
-def test_autocast(ordered):
+def test_autocast(ordered, device, dtype):
     layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)
-    layer, ref = layer.float(), ref.float()
-    x = torch.randn(4, 16, 6, 6)
+    layer, ref = layer.float().to(device), ref.float().to(device)
+    x = torch.randn(4, 16, 6, 6, device=device)
 
     def run(module, x):
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device, dtype):
             return module(x)
 
     error, error_ref = low_precision_errors(layer, ref, x, run)
-    assert 1e-4 < error <= 2 * error_ref  # below, it would not have run in bfloat16
+    assert 1e-4 < error <= 2 * error_ref  # below, it would not have run in low precision
     run(layer, x).float().square().sum().backward()
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
