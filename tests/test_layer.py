@@ -179,8 +179,18 @@ def test_unsupported_modules_swapped_in_later():
         layer(torch.randn(2, 12, 3, 3))
 
     layer = GunnLayer(12, 3)
-    layer.units[0].conv1.conv = nn.Sequential(layer.units[0].conv1.conv)
-    with pytest.raises(TypeError, match=r'expected an nn\.Conv2d'):
+    nn.utils.parametrizations.weight_norm(layer.units[0].conv2.bn)
+    with pytest.raises(TypeError, match='parametrised norm'):
+        layer(torch.randn(2, 12, 3, 3))
+
+
+@pytest.mark.parametrize('change', [
+    nn.Sequential, lambda conv: timm.layers.StdConv2d(12, 24, 1), nn.utils.parametrizations.weight_norm,
+    lambda conv: nn.Conv2d(12, 24, 1, padding_mode='reflect')])
+def test_convolutions_that_do_more(change):
+    layer = GunnLayer(12, 3)
+    layer.units[0].conv1.conv = change(layer.units[0].conv1.conv)
+    with pytest.raises(TypeError, match=r'expected an nn\.Conv2d with zero padding'):
         layer(torch.randn(2, 12, 3, 3))
 
 
@@ -191,6 +201,7 @@ def test_unsupported_modules_swapped_in_later():
     ((12, -3), {}, 'segments.*at least 1, got -3'),
     ((12, 3, 0), {}, 'expansion.*at least 1, got 0'),
     ((12, 3, 1.5), {}, 'expansion.*integer.*got 1.5'),
+    ((12, 3, True), {}, 'expansion.*integer.*got True'),
     ((12, 3, 2, 0), {}, 'depth.*at least 1, got 0'),
     ((12, 3), dict(dilation=0), 'dilation.*at least 1, got 0'),
     ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\), got 1.0'),
@@ -204,8 +215,31 @@ def test_bad_arguments(args, kwargs, message):
 @pytest.mark.parametrize('ordered', [True, False])
 @pytest.mark.parametrize('channels', [11, 13, 24])
 def test_wrong_channel_count(ordered, channels):
-    with pytest.raises(ValueError, match=f'expected an input of 12 channels, got {channels}'):
+    with pytest.raises(ValueError, match=rf'expected an input of 12 channels.*got \[2, {channels}, 4, 4\]'):
         GunnLayer(12, 3, ordered=ordered)(torch.randn(2, channels, 4, 4))
+    with pytest.raises(ValueError, match=r'\(B, 12, H, W\), got \[12, 4, 4\]'):
+        GunnLayer(12, 3, ordered=ordered)(torch.randn(12, 4, 4))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_torchscript():
+    layer = GunnLayer(12, 3, drop_path=0.5, shortcut=True)
+    scripted = torch.jit.script(copy.deepcopy(layer))
+    x = torch.randn(50, 12, 2, 2)
+    dropped = (scripted(x) == x).view(50, 3, 4, 4).all(-1).all(-1)
+    assert 0.3 < dropped.float().mean() < 0.7
+    layer.load_state_dict(scripted.state_dict())
+    assert_close(scripted.eval()(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
+    for conversion in ('frozen by timm', 'split', 'synchronised'):
+        with pytest.raises(TypeError, match=r'TorchScript takes nn\.BatchNorm2d alone'):
+            torch.jit.script(CONVERSIONS[conversion](copy.deepcopy(layer)))
+    with pytest.raises(TypeError, match=r'TorchScript takes nn\.BatchNorm2d alone.*BatchNormAct2d'):
+        torch.jit.script(GunnLayer(12, 3, norm_layer=timm.layers.BatchNormAct2d))
+
+
+def test_symbolic_trace_of_the_layer_itself():
+    with pytest.raises(TypeError, match='a module that contains the layer'):
+        torch.fx.symbolic_trace(GunnLayer(12, 3))
 
 
 def test_the_order_is_all_that_differs():

@@ -100,9 +100,10 @@ def test_no_weights_yet(name, features_only):
         timm.create_model(name, pretrained=True, features_only=features_only)
 
 
-@pytest.mark.parametrize(('name', 'message'), [('gunn19', 'Unknown model'), ('gunn15.in1k', 'Invalid pretrained tag')])
+@pytest.mark.parametrize(('name', 'message'), [
+    ('gunn19', 'Unknown model.*gunn19'), ('gunn15.in1k', 'Invalid pretrained tag.*in1k')])
 def test_unknown_variant_or_tag(name, message):
-    with pytest.raises(RuntimeError, match=f'{message}.*{name.split(".")[0]}|{message}.*in1k'):
+    with pytest.raises(RuntimeError, match=message):
         timm.create_model(name)
 
 
@@ -142,6 +143,23 @@ def test_sunn_weights_load_into_gunn_and_back(name):
         if isinstance(m, GunnLayer):
             m.ordered = False
     assert_close(gunn(x), sunn(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(in_chans=1), dict(in_chans=5), dict(num_classes=7), dict(num_classes=0), dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_weights_are_adapted(name, kwargs, tmp_path):
+    """Weights from a file go into other numbers of input channels and classes and into feature extractors."""
+    source = randomise(small(name))
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    model = small(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')), **kwargs)
+    state = source.state_dict()
+    changed = {k for k, v in model.state_dict().items() if v.shape != state[k].shape or not torch.equal(v, state[k])}
+    assert changed == {
+        'in_chans': {'stem.conv.weight'}, 'num_classes': {'head.fc.weight', 'head.fc.bias'}, 'features_only': set(),
+    }[next(iter(kwargs))] & set(model.state_dict())
+    if kwargs == dict(in_chans=1):
+        assert_close(model.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
@@ -221,18 +239,19 @@ def test_out_indices(out_indices):
     assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize('size', [(128, 192), (48, 75), (80, 33)], ids=str)
 @pytest.mark.parametrize('output_stride', [8, 16])
-def test_dilated_network_contains_the_strided_one(output_stride):
+def test_dilated_network_contains_the_strided_one(output_stride, size):
     """Outputs of the dilated network at every (32 / output_stride)-th pixel are those of the strided network."""
     strided = randomise(small('gunn18', features_only=True, dtype=torch.float64)).eval()
     dilated = small('gunn18', features_only=True, dtype=torch.float64, output_stride=output_stride).eval()
     dilated.load_state_dict(strided.state_dict(), strict=True)
     reduction = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
     assert dilated.feature_info.reduction() == reduction
-    x = torch.randn(1, 3, 128, 192, dtype=torch.float64)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
     for y, z, r in zip(strided(x), dilated(x), (2, 4, 8, 16, 32), strict=True):
         step = max(r // output_stride, 1)
-        assert z.shape[-2:] == (128 * step // r, 192 * step // r)
+        assert z.shape[-2:] == tuple(math.ceil(s / (r // step)) for s in size)
         assert_close(z[..., ::step, ::step], y)
 
 
@@ -414,6 +433,8 @@ def test_compile_with_inductor():
     assert_same_training(model, compiled, torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.8.'), reason='compiled code of torch 2.8 updates BN twice under checkpointing')
 def test_compile_with_grad_checkpointing():
     model = small('gunn18', dtype=torch.float64)
     other = copy.deepcopy(model)
@@ -443,12 +464,17 @@ def test_fx_of_torchvision(name):
     """Extraction by a tracer that knows nothing of timm's leaf modules, in both modes."""
     from torchvision.models.feature_extraction import create_feature_extractor
     model = randomise(small(name))
-    x = torch.randn(2, 3, 32, 32)
-    extractor = create_feature_extractor(copy.deepcopy(model), ['stage1.act', 'head'])
-    for training in (False, True):
+    traced = copy.deepcopy(model)
+    extractor = create_feature_extractor(traced, ['stage2.layer', 'head'])
+    assert_close(dict(traced.named_buffers()), dict(model.named_buffers()))  # tracing is no training step
+    assert set(extractor.state_dict()) == set(model.state_dict())
+    model, extractor = model.double(), extractor.double()
+    for training in (False, True, True, False):
         model.train(training)
         extractor.train(training)
-        assert_close(extractor(x)['head'], model(x), rtol=1e-4, atol=1e-5)
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        assert_close(extractor(x)['head'], model(x))
+    assert_close(dict(extractor.named_buffers()), dict(model.named_buffers()))
 
 
 @pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])

@@ -84,7 +84,7 @@ def test_import_orders(wheel_env, imports):
     assert 'timm-gunn could not' not in result.stderr
 
 
-@pytest.mark.parametrize('options', [(), ('-I',), ('-O',), ('-E', '-s')], ids=' '.join)
+@pytest.mark.parametrize('options', [(), ('-I',), ('-O',), ('-E', '-s'), ('-W', 'error')], ids=' '.join)
 def test_interpreter_options(wheel_env, options):
     wheel_env('import timm; ' + LIST, *options)
 
@@ -171,6 +171,41 @@ def test_timm_that_fails_once(wheel_env, fake):
     assert result.stdout.strip() == 'failed: not yet'
     # The second attempt reaches the registration, which this timm is no timm for.
     assert result.stderr.count('RuntimeWarning: timm-gunn could not register') == 1
+
+
+def test_two_threads(wheel_env):
+    """One imports timm while the other imports timm.models, which waits for the first."""
+    wheel_env(f'''
+        import threading, time, torch, torchvision.ops
+        threads = [threading.Thread(target=__import__, args=(name,)) for name in ("timm", "timm.models", "timm")]
+        for t in threads:
+            t.start()
+            time.sleep(0.05)
+        for t in threads:
+            t.join()
+        import timm
+        {LIST}''')
+
+
+@pytest.mark.parametrize('loader', ['namespace', 'legacy'])
+def test_loaders_that_cannot_be_followed(wheel_env, fake, loader):
+    """The import works as without the hook, with one warning."""
+    fake('timm/__init__.py', 'import torch')
+    env = fake('timm/models/other.py', '')
+    result = wheel_env(f'''
+        import importlib.machinery, sys, types
+        class Legacy:
+            def load_module(self, name):
+                return sys.modules.setdefault(name, types.ModuleType(name))
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                return importlib.machinery.ModuleSpec(name, Legacy()) if name == "timm.models" else None
+        if "{loader}" == "legacy":
+            sys.meta_path.insert(0, Finder())
+        import timm.models
+        print("imported")''', **env)
+    assert result.stdout.strip() == 'imported'
+    assert result.stderr.count('RuntimeWarning: timm-gunn c') == 1
 
 
 def test_no_timm_at_all(wheel_env, fake):

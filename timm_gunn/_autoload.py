@@ -12,22 +12,23 @@ _TARGET = 'timm.models'
 
 
 class _Hook:
-    """Finder of `timm.models` that wraps the loader other finders come up with, for one execution."""
+    """Finder of `timm.models` that wraps the loader which other finders come up with."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != _TARGET:
             return None
-        sys.meta_path.remove(self)
-        spec = None
-        try:
-            from importlib.util import find_spec
-            spec = find_spec(fullname)
+        # The finders are asked directly: importlib.util.find_spec() would wait for the lock of the package timm, which
+        # a thread that waits for this one's import lock may hold.
+        for finder in list(sys.meta_path):
+            find_spec = None if finder is self else getattr(finder, 'find_spec', None)
+            spec = find_spec(fullname, path, target) if find_spec else None
             if spec is not None:
-                spec.loader = _Loader(spec.loader, self)
-        finally:
-            if spec is None:
-                sys.meta_path.insert(0, self)
-        return spec
+                if hasattr(spec.loader, 'exec_module'):
+                    spec.loader = _Loader(spec.loader, self)
+                else:
+                    _warn(f'timm-gunn cannot follow the import of timm by {spec.loader!r}: import timm_gunn instead')
+                return spec
+        return None
 
 
 class _Loader:
@@ -37,19 +38,14 @@ class _Loader:
         self.loader = loader
         self.hook = hook
 
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self.loader
-        try:
-            self.loader.exec_module(module)
-        except BaseException:
-            sys.meta_path.insert(0, self.hook)  # another attempt to import timm may succeed
-            raise
+        self.loader.exec_module(module)  # if it fails, the hook stays for another attempt
+        if self.hook in sys.meta_path:
+            sys.meta_path.remove(self.hook)
         _register()
 
-    def __getattr__(self, name):  # is_package, get_source, ...
+    def __getattr__(self, name):  # create_module, is_package, get_source, ...
         return getattr(self.loader, name)
 
 

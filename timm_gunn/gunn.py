@@ -14,15 +14,8 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    calculate_drop_path_rates,
-    create_act_layer,
-    get_norm_layer,
-    register_notrace_module,
-)
+from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
@@ -30,15 +23,12 @@ from .layer import GunnLayer, reset_norm
 
 __all__ = ['Gunn']
 
-# The loops over units slice parameters and running statistics, which a symbolic trace would freeze into constants.
-register_notrace_module(GunnLayer)
-
 
 class AtrousAvgPool2d(nn.Module):
     """2x2 average pooling without its stride: the mean of the pixels 0 and `dilation` to the right and below.
 
-    Takes the place of a strided pooling when a stage is dilated. At every dilation-th position it gives what the
-    strided one gives, so a dilated network holds the outputs of the strided one. (B, C, H, W) to (B, C, H, W).
+    Takes the place of a strided pooling when a stage is dilated. Like there, the mean is of the pixels that exist, so
+    that every dilation-th position holds what the strided network would. (B, C, H, W) to (B, C, H, W).
     """
 
     def __init__(self, dilation: int = 1):
@@ -47,9 +37,9 @@ class AtrousAvgPool2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         d = self.dilation
-        x = F.pad(x, (0, d, 0, d), mode='replicate')
-        x = (x[:, :, d:] + x[:, :, :-d]) / 2
-        return (x[:, :, :, d:] + x[:, :, :, :-d]) / 2
+        # A pixel without a partner, one of the last d, is its own.
+        x = (x + torch.cat([x[:, :, d:], x[:, :, -d:]], 2)) / 2
+        return (x + torch.cat([x[:, :, :, d:], x[:, :, :, -d:]], 3)) / 2
 
 
 class GunnStage(nn.Sequential):
@@ -59,14 +49,20 @@ class GunnStage(nn.Sequential):
         if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
             if self.training and _in_backward():
                 with _buffers_set_aside(self):
-                    return super().forward(x)
+                    return self._run(x)
+        return self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
         for module in self:
             x = module(x)
         return x
 
 
 def _in_backward() -> bool:
-    """True while autograd runs a backward pass, where a forward is the recomputation of a checkpointed one."""
+    """True while autograd runs a backward pass, where a forward is the recomputation of a checkpointed one.
+
+    Asked here, it serves every way of checkpointing a stage, that of timm's features_only wrappers included.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -276,7 +272,7 @@ class Gunn(nn.Module):
             if name == 'final_conv' or name == 'head' or (stop_early and feat_idx == max_index):
                 pass  # not a feature, or past the last one asked for
             else:
-                if self.grad_checkpointing and name != 'stem' and not torch.jit.is_scripting():
+                if self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
                     x = checkpoint(module, x)
                 else:
                     x = module(x)
@@ -300,13 +296,14 @@ class Gunn(nn.Module):
     ) -> List[int]:
         """Remove what the given intermediate features do not need; returns their absolute indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_names), indices)
-        prune_end = max_index < len(self.feature_names) - 1
+        # The final convolution never feeds a feature. What stands on it goes with it.
+        prune_end = max_index < len(self.feature_names) - 1 or (
+            (prune_norm or prune_head) and not isinstance(self.final_conv, nn.Identity))
         for name in self.feature_names[max_index + 1:]:
             if hasattr(self, name):  # not pruned before
                 delattr(self, name)
-        if prune_end or prune_head or prune_norm:
-            self.final_conv = nn.Identity()  # never feeds a feature
         if prune_end:
+            self.final_conv = nn.Identity()
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_end or prune_head:
             self.reset_classifier(0, '')
@@ -317,8 +314,7 @@ class Gunn(nn.Module):
         for name, module in self.named_children():
             if name == 'head':
                 pass
-            elif self.grad_checkpointing and name in self.feature_names and name != 'stem' \
-                    and not torch.jit.is_scripting():
+            elif self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
                 x = checkpoint(module, x)
             else:
                 x = module(x)

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -69,7 +70,7 @@ class GunnLayer(nn.Module):
         super().__init__()
         for name, value in dict(
                 channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation).items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
         if channels % segments:
             raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
@@ -95,7 +96,8 @@ class GunnLayer(nn.Module):
             ) for i in range(depth)
         ])
         self.proj = ConvNorm(channels, channels, segments, norm_layer=norm_layer, **dd) if shortcut else None
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+        self.has_drop_path = drop_path > 0
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -106,11 +108,14 @@ class GunnLayer(nn.Module):
                 m.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Update x, (B, N, H, W). Raises ValueError if it does not have N channels."""
-        # A symbolic trace (torch.fx) sees no shape; there the first convolution checks.
-        if torch.jit.is_scripting() or isinstance(x, torch.Tensor):  # noqa: SIM102
-            if x.shape[1] != self.channels:
-                raise ValueError(f'GunnLayer: expected an input of {self.channels} channels, got {x.shape[1]}.')
+        """Update x, (B, N, H, W). Raises ValueError for any other shape."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
+            if isinstance(x, torch.fx.Proxy):
+                return self._as_leaf(x)
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f'GunnLayer: expected an input of {self.channels} channels, (B, {self.channels}, H, W), '
+                f'got {list(x.shape)}.')
         if self.ordered and self.segments > 1:
             return self._forward_ordered(x)
         return self._forward_simultaneous(x)
@@ -142,10 +147,24 @@ class GunnLayer(nn.Module):
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's updates under stochastic depth, (B, N, 1, 1), or None where all are kept."""
-        if isinstance(self.drop_path, nn.Identity) or not self.training:
+        if not self.has_drop_path or not self.training:
             return None
         kept = self.drop_path(torch.ones(x.shape[0] * self.segments, 1, 1, 1, device=x.device, dtype=x.dtype))
         return kept.view(-1, self.segments, 1, 1).repeat_interleave(self.channels // self.segments, 1)
+
+    @torch.jit.ignore
+    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
+        if x.tracer.root is self:
+            raise TypeError('GunnLayer: torch.fx can trace a module that contains the layer, not the layer itself.')
+        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+
+    def __prepare_scriptable__(self) -> 'GunnLayer':
+        """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
+        for m in self.modules():
+            if isinstance(m, ConvNorm) and type(m.bn) is not nn.BatchNorm2d:
+                raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(m.bn)}.')
+        return self
 
     def extra_repr(self) -> str:
         return f'{self.channels}, segments={self.segments}, ordered={self.ordered}, residual={self.residual}'
@@ -242,10 +261,12 @@ class ConvNorm(nn.Module):
 def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
 
-    Raises TypeError for a module that wraps a convolution: its own forward would silently be left out.
+    Raises TypeError for any other class than nn.Conv2d and other padding than zeros: wrappers (low-rank adapters),
+    subclasses (standardised, quantised) and parametrisations do more than this slice of the convolution would.
     """
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f'GunnLayer: expected an nn.Conv2d to take the weights of a unit from, got {type(conv)}.')
+    if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros':
+        raise TypeError(
+            f'GunnLayer: expected an nn.Conv2d with zero padding to take the weights of a unit from, got {conv}.')
     return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
 
 
@@ -290,6 +311,8 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     # updates reach the module; counters are copies for all units but the last.
     tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
     channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
+    if parametrize.is_parametrized(norm):
+        raise TypeError(f'GunnLayer: a parametrised norm cannot be applied to the units one by one, got {norm}.')
     check_norm(norm, channels)
     sliced = {}
     for name, t in tensors:
