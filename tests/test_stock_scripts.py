@@ -37,7 +37,7 @@ def images(tmp_path_factory):
             (root / split / label).mkdir(parents=True)
             for i in range(count):
                 pixels = torch.randint(base, base + 130, (32, 32, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / label / f'{i}.png')
+                Image.fromarray(pixels.numpy()).save(root / split / label / f'{label}{i}.png')
     return root
 
 
