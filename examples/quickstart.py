@@ -1,10 +1,10 @@
-"""Fine-tune a GUNN on handwritten digits in about two minutes on two CPU cores.
+"""Train a GUNN on handwritten digits, in two to five minutes on two CPU cores.
 
     python examples/quickstart.py
 
 The network is found by name through timm alone. The images are scikit-learn's 1,797 scanned digits of 8x8 pixels,
-upscaled to the network's 32x32; a quarter of them is held out. Writes output/quickstart.png: the held-out images that
-were hardest to tell apart with what the network sees in them, and the loss curve.
+upscaled to 24x24 (the network takes any size); a quarter of them is held out. Writes output/quickstart.png: the
+held-out images that the network is least certain of with what it sees in them, and the loss curve.
 """
 import argparse
 from pathlib import Path
@@ -79,7 +79,8 @@ def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Te
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='gunn15', help='any timm model that takes 32x32 images')
+    parser.add_argument('--model', default='gunn15', help='any timm model that takes images of the given size')
+    parser.add_argument('--size', type=int, default=24, help='side of the images, in pixels')
     parser.add_argument('--epochs', type=int, default=2)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--train-images', type=int, default=None, help='use only the first n training images')
@@ -91,7 +92,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
     print(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
-    images, held_out, labels, held_out_labels = load_images(model.default_cfg['input_size'][-1])
+    images, held_out, labels, held_out_labels = load_images(args.size)
     images, labels = images[:args.train_images], labels[:args.train_images]
     if len(images) < args.batch_size:
         parser.error(f'expected at least one batch of {args.batch_size} training images, got {len(images)}')
