@@ -62,12 +62,13 @@ def predict(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> to
 def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Tensor, losses: list) -> None:
     """The 14 least certain predictions and the loss per step."""
     confidence, predicted = probs.max(1)
-    fig = plt.figure(figsize=(11, 4))
+    fig = plt.figure(figsize=(12, 3.4))
     left, right = fig.subfigures(1, 2, width_ratios=(1.5, 1))
     for ax, i in zip(left.subplots(2, 7).flat, confidence.argsort(), strict=False):
         ax.imshow(images[i, 0], cmap='gray')
         color = 'k' if predicted[i] == labels[i] else 'r'
-        ax.set_title(f'{predicted[i]} ({confidence[i]:.0%})', color=color, fontsize=9)
+        truth = '' if predicted[i] == labels[i] else f', is {labels[i]}'
+        ax.set_title(f'{predicted[i]} ({confidence[i]:.0%}){truth}', color=color, fontsize=9)
         ax.axis('off')
     left.suptitle('least certain held-out images (red: wrong)')
     ax = right.subplots()
@@ -91,7 +92,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
-    print(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
+    print(f'{args.model} with one input channel: {sum(p.numel() for p in model.parameters()):,} parameters')
     images, held_out, labels, held_out_labels = load_images(args.size)
     images, labels = images[:args.train_images], labels[:args.train_images]
     if len(images) < args.batch_size:
