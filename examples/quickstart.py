@@ -1,4 +1,4 @@
-"""Train a GUNN on handwritten digits, in two to five minutes on two CPU cores.
+"""Train a GUNN on handwritten digits, in about one and a half minutes on two idle CPU cores.
 
     python examples/quickstart.py
 
