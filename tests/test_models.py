@@ -2,7 +2,6 @@
 import copy
 import io
 import math
-import pickle
 import warnings
 
 import pytest
@@ -397,7 +396,7 @@ def test_copies(name):
     x = torch.randn(1, 3, 32, 32)
     ema = timm.utils.ModelEmaV3(model)
     ema.update(model)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ema.module):
+    for copied in (copy.deepcopy(model), ema.module):
         assert_close(copied(x), model(x), rtol=0, atol=0)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
