@@ -224,7 +224,7 @@ def test_empty_and_wrong_images():
     model = small('gunn18').eval()
     with pytest.raises(RuntimeError, match='3 channels, but got 4'):
         model(torch.randn(1, 4, 64, 64))
-    with pytest.raises(RuntimeError, match=r'zero|greater than|size'):
+    with pytest.raises(RuntimeError, match='greater than actual input size'):
         model(torch.randn(1, 3, 0, 64))
 
 
@@ -352,7 +352,6 @@ def test_grad_checkpointing_keeps_less(name, features_only):
     x = torch.randn(1, 3, 64, 64)
     plain, _ = saved_bytes(model, x)
     model.set_grad_checkpointing()
-    print(name, plain, saved_bytes(model, x)[0])
     assert saved_bytes(model, x)[0] < plain / 5
     model.set_grad_checkpointing(False)
     assert saved_bytes(model, x)[0] == plain

@@ -4,7 +4,7 @@ PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backe
 imported, so arm() only leaves a hook for the import system, which registers the models once `timm.models` has been
 executed and is then gone. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
 calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
-of torch or timm.
+of torch or timm. An editable install holds a copy, too: after a change to this file, install again.
 """
 import sys
 
