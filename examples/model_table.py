@@ -39,7 +39,7 @@ def main() -> None:
     print('| model | image | parameters | GMAC | activations (M) | published error (%) |')
     print('|---|---|---|---|---|---|')
     for name in timm.list_models(module='gunn'):
-        model = timm.create_model(name, device='meta').eval()
+        model = timm.create_model(name, fused=False, device='meta').eval()  # the operations one by one
         size = model.default_cfg['input_size']
         with torch.no_grad(), Counter() as counter:
             model(torch.empty(1, *size, device='meta'))

@@ -17,6 +17,13 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 SIZES = [(12, 3, 2, 1), (12, 4, 1, 2), (8, 8, 3, 1), (10, 1, 2, 2), (6, 2, 2, 3)]
 
 
+@pytest.fixture(autouse=True, params=['fused', 'composite'])
+def path(request, monkeypatch):
+    """Everything here holds for both ways of computing an ordered layer."""
+    if request.param == 'composite':
+        monkeypatch.setattr(GunnLayer, '_can_fuse', lambda self, x: False)
+
+
 class OtherFrozenBatchNorm2d(nn.Module):
     """A frozen norm of some other library: buffers of the usual names, arithmetic of its own."""
 

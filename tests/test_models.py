@@ -352,7 +352,7 @@ def test_grad_checkpointing_keeps_less(name, features_only):
     x = torch.randn(1, 3, 64, 64)
     plain, _ = saved_bytes(model, x)
     model.set_grad_checkpointing()
-    assert saved_bytes(model, x)[0] < plain / 5
+    assert saved_bytes(model, x)[0] < plain / 3
     model.set_grad_checkpointing(False)
     assert saved_bytes(model, x)[0] == plain
 
@@ -443,7 +443,7 @@ def test_compile_with_grad_checkpointing():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_torchscript(name):
-    model = randomise(small(name))
+    model = randomise(small(name, fused=False))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.jit is deprecated
         scripted = torch.jit.script(copy.deepcopy(model))

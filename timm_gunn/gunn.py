@@ -113,6 +113,7 @@ class Gunn(nn.Module):
             norm_layer: Union[str, Type[nn.Module]] = 'batchnorm2d',
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
+            fused: bool = True,
             device=None,
             dtype=None,
     ):
@@ -135,6 +136,7 @@ class Gunn(nn.Module):
             norm_layer: Norm layer of the BatchNorm family.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last stage's units, rising linearly from 0 in the first.
+            fused: Run each GUNN layer as one operator wherever possible (see GunnLayer).
             device: Device to create the parameters on.
             dtype: Dtype of the parameters.
 
@@ -186,7 +188,7 @@ class Gunn(nn.Module):
             layer = GunnLayer(
                 num_chs, segments[i], expansion, depth,
                 ordered=ordered, residual=residual, shortcut=shortcut, dilation=dilation,
-                drop_path=drop_path_rates[i], act_layer=act_layer, norm_layer=norm_layer, **dd)
+                drop_path=drop_path_rates[i], fused=fused, act_layer=act_layer, norm_layer=norm_layer, **dd)
             name = f'stage{i + 1}'
             self.add_module(name, GunnStage(OrderedDict(**transition, layer=layer)))
             self.feature_info.append(dict(num_chs=num_chs, reduction=reduction, module=name))

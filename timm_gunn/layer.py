@@ -9,19 +9,28 @@ the paper, is the same layer with every unit reading x: y = x + U(x). The order 
 says so: the parameters of the P units are stacked into the modules of a grouped (ResNeXt-like) bottleneck, which SUNN
 runs as they are and GUNN runs one slice at a time. Both have the same state dict.
 
+`GunnLayer._forward_ordered` is the order as it is written above, and the reference. Where it can, the layer runs the
+operator of fused.py instead, which computes the same from the same parameters in less time and memory.
+
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
+import logging
 from itertools import chain
-from typing import Optional, Type, Union
+from typing import List, Optional, Tuple, Type, Union
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from .fused import ordered_update
+
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
+
+_logger = logging.getLogger(__name__)
 
 
 class GunnLayer(nn.Module):
@@ -44,6 +53,7 @@ class GunnLayer(nn.Module):
             shortcut: bool = False,
             dilation: int = 1,
             drop_path: float = 0.0,
+            fused: bool = True,
             act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
             norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
             device=None,
@@ -60,6 +70,8 @@ class GunnLayer(nn.Module):
             shortcut: Add a projection of the unit's input (1x1 conv, norm) to the unit, around all M bottlenecks.
             dilation: Dilation of the 3x3 convolutions.
             drop_path: Probability of dropping a unit's update, per sample and segment (stochastic depth).
+            fused: Run ordered updates as one operator wherever that is possible; the attribute can be set at any time.
+                The reasons against it go to the debug log of this module.
             act_layer: Activation of the bottlenecks.
             norm_layer: Norm of the BatchNorm family, one that treats each channel by itself.
 
@@ -84,6 +96,7 @@ class GunnLayer(nn.Module):
         self.segments = segments
         self.ordered = ordered
         self.residual = residual
+        self.fused = fused
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         hidden_chs = expansion * channels
@@ -117,6 +130,9 @@ class GunnLayer(nn.Module):
                 f'GunnLayer: expected an input of {self.channels} channels, (B, {self.channels}, H, W), '
                 f'got {list(x.shape)}.')
         if self.ordered and self.segments > 1:
+            if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
+                if self._can_fuse(x):
+                    return self._forward_fused(x)
             return self._forward_ordered(x)
         return self._forward_simultaneous(x)
 
@@ -144,6 +160,70 @@ class GunnLayer(nn.Module):
                 update = update * kept[:, i * width:(i + 1) * width]
             state[i] = state[i] + update if self.residual else update
         return torch.cat(state, 1)
+
+    def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
+        convs = self._conv_norms()
+        params = [t for c in convs for t in c.fused_params()]
+        kept = self._kept(x)
+        y, stats, _ = ordered_update(
+            x, params, None if kept is None else kept[:, ::self.channels // self.segments, 0, 0],
+            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.units[0].conv2.conv.dilation[0],
+            self.residual, _compute_dtype(x),
+            torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=False):
+            if mean.numel():
+                update_running_stats(c.bn, mean, variance, count)
+        return y
+
+    def _conv_norms(self) -> 'List[ConvNorm]':
+        """In the order of ordered_update's parameters."""
+        convs = [c for unit in self.units for c in (unit.conv1, unit.conv2, unit.conv3)]
+        return convs if self.proj is None else convs + [self.proj]
+
+    def _can_fuse(self, x: torch.Tensor) -> bool:
+        if not self.fused:
+            return False
+        reason = self._obstacle(x)
+        if reason is not None and not torch.compiler.is_compiling():
+            _logger.debug('GunnLayer: not fused, %s.', reason)
+        return reason is None
+
+    def _obstacle(self, x: torch.Tensor) -> Optional[str]:
+        """What keeps the fused operator from doing what the modules would do, None if nothing does."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return 'a trace or export takes the operations one by one'
+        if not torch.compiler.is_compiling() and (
+                torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0):
+            return 'torch.func and forward-mode derivatives need the operations one by one'
+        if x.device.type not in ('cpu', 'cuda', 'meta'):
+            return f'device {x.device.type}'
+        dtype = _compute_dtype(x)
+        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            return f'dtype {dtype}'
+        if x.dtype not in (dtype, torch.float32):
+            return f'an input of {x.dtype} under autocast to {dtype}'
+        autocast = _autocasts(x)
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        for unit in self.units:
+            for act in (unit.act1, unit.act2):
+                if type(act) is not nn.ReLU:
+                    return f'activation {type(act).__name__}'
+        for c in self._conv_norms():
+            if type(c.conv) is not nn.Conv2d or c.conv.padding_mode != 'zeros':
+                return f'convolution {type(c.conv).__name__}'
+            weight_dtype = c.conv.weight.dtype
+            if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
+                return f'an input of {x.dtype} and weights of {weight_dtype}'
+            if c.conv.weight.device != x.device:
+                return f'an input on {x.device} and weights on {c.conv.weight.device}'
+            if c.fused_params() is None:
+                return f'norm {type(c.bn).__name__}, convolution with{"out" if c.conv.bias is None else ""} bias'
+            if count <= 1 and takes_batch_stats(c.bn):
+                return 'statistics of a single value'
+        if count == 0:
+            return 'an empty input'
+        return None
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's updates under stochastic depth, (B, N, 1, 1), or None where all are kept."""
@@ -258,6 +338,28 @@ class ConvNorm(nn.Module):
         return norm_unit(self.bn, conv_unit(self.conv, x, start, stop), start, stop)
 
 
+    def fused_params(self) -> Optional[Tuple[torch.Tensor, ...]]:
+        """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them.
+
+        None for norms other than plain, frozen (torchvision) and no BatchNorm.
+        """
+        weight, norm = self.conv.weight, self.bn
+        none = weight.new_empty(0)
+        if type(norm) is nn.Identity:
+            return weight, none, none if self.conv.bias is None else self.conv.bias, none, none
+        if self.conv.bias is not None:
+            return None
+        frozen = type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
+        if not frozen and (
+                type(norm) is not nn.BatchNorm2d or norm.track_running_stats != (norm.running_mean is not None)):
+            return None
+        gamma = weight.new_ones(weight.shape[0]) if norm.weight is None else norm.weight
+        beta = weight.new_zeros(weight.shape[0]) if norm.bias is None else norm.bias
+        if takes_batch_stats(norm):
+            return weight, gamma, beta, none, none
+        return weight, gamma, beta, norm.running_mean, norm.running_var
+
+
 def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
 
@@ -292,6 +394,24 @@ def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
             t.fill_(values.get(name.rpartition('.')[2], 0.0))
+
+
+def takes_batch_stats(norm: nn.Module) -> bool:
+    """Whether a plain BatchNorm normalises with the statistics of the batch; False for norms without statistics."""
+    return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+
+
+@torch.no_grad()
+def update_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+    """Do to the running statistics what nn.BatchNorm2d does, given the batch's mean and biased variance."""
+    if not norm.training or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average over this and all earlier steps
+        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
+        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
 
 
 def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -355,3 +475,13 @@ def _batch_norm_unit(
 
 def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     return None if t is None else t[start:stop]
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    # A device without autocast has none to ask for.
+    return x.device.type in ('cpu', 'cuda') and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype that convolutions of x compute in."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype

@@ -1,0 +1,388 @@
+"""The fused operator against one module per unit and against the layer's own composite of modules."""
+import copy
+import logging
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+from reference import ReferenceLayer
+from test_layer import assert_same, make_pair
+from test_models import saved_bytes
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_gunn.fused
+from timm_gunn import Gunn, GunnLayer
+
+FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def make_layer(*size, **kwargs):
+    """A layer with random norm parameters."""
+    layer = GunnLayer(*size, **kwargs)
+    for p in layer.parameters():
+        if p.ndim == 1:
+            nn.init.uniform_(p, 0.5, 1.5)
+    return layer
+
+
+def run(layer, x, w=None, **autocast):
+    """Output, gradient of the input and gradients of the parameters for the loss (w * layer(x)).sum()."""
+    layer.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast(x.device.type, **autocast) if autocast else torch.enable_grad():
+        y = layer(x)
+    (y * (torch.ones_like(y) if w is None else w)).sum().backward()
+    return [y.detach(), x.grad, *[p.grad for p in layer.parameters()]]
+
+
+def both_paths(layer, *args, **kwargs):
+    fused = run(layer, *args, **kwargs)
+    composite = copy.deepcopy(layer)
+    composite.fused = False
+    return fused, run(composite, *args, **kwargs)
+
+
+@pytest.fixture(params=['cpu', 'library'])
+def norm_kernels(request, monkeypatch):
+    """Both implementations of the norms; that of CUDA devices runs on the CPU too."""
+    if request.param == 'library':
+        monkeypatch.setattr(timm_gunn.fused, '_CpuNorm', timm_gunn.fused._Norm)
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_random_layers(seed, norm_kernels, monkeypatch):
+    rng = random.Random(seed)
+    segments = rng.choice([2, 3, 5, 8])
+    width = rng.choice([1, 2, 4, 5])
+    size = segments * width, segments, rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3])
+    # Enough rows for the convolutions in place of products, and for folded rows, in every fourth.
+    shape = (2, 22, 27) if seed % 4 == 0 else (rng.choice([1, 2, 3]), rng.choice([2, 3, 6]), rng.choice([1, 4, 5]))
+    options = dict(
+        shortcut=rng.random() < 0.4, residual=rng.random() < 0.7, dilation=rng.choice([1, 1, 2]))
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.fused, name, rng.randint(1, segments) * width)
+    layer, ref = make_pair(size, **options)
+    training = rng.random() < 0.7
+    layer.train(training)
+    ref.train(training)
+    x = torch.randn(shape[0], size[0], *shape[1:], dtype=torch.float64)
+    x = x.contiguous(memory_format=rng.choice(list(FORMATS.values())))
+    assert layer._obstacle(x) is None
+    assert_same(layer, ref, x)
+
+
+@pytest.mark.parametrize('residual', [True, False])
+def test_gradcheck(residual):
+    torch.manual_seed(0)
+    layer = make_layer(6, 3, 2, 2, shortcut=True, residual=residual).double()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def f(x, *params):
+        return torch.func.functional_call(layer, dict(zip(names, params, strict=True)), x)
+
+    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, (x, *layer.parameters()), nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('shortcut', [True, False])
+def test_opcheck(shortcut, training):
+    layer = make_layer(6, 3, 2, shortcut=shortcut).train(training)
+    params = [t for c in layer._conv_norms() for t in c.fused_params()]
+    params = [t.detach().clone().requires_grad_(t.requires_grad) for t in params]
+    x = torch.randn(2, 6, 4, 3, requires_grad=True)
+    n = len(params) // 5
+    args = x, params, None, [1e-5] * n, 3, 1, True, torch.float32
+    torch.library.opcheck(timm_gunn.fused.ordered_update, (*args, True))
+    no_grad = x.detach(), [t.detach() for t in params], torch.ones(2, 3), *args[3:], False
+    torch.library.opcheck(timm_gunn.fused.ordered_update, no_grad)
+
+    y, stats, saved = timm_gunn.fused.ordered_update(*args, True)
+    batch_stats = [t.numel() > 0 for t in stats[::2]]
+    for k, batch in enumerate(batch_stats):
+        if batch:
+            params[5 * k + 3:5 * k + 5] = stats[2 * k:2 * k + 2]
+    detach = lambda ts: [t.detach() for t in ts]  # noqa: E731
+    needs = [True] + [k % 5 < 3 for k in range(len(params))]
+    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(params), detach(saved)
+    torch.library.opcheck(timm_gunn.fused.ordered_update_backward, (*tensors, batch_stats, needs, None, *args[3:]))
+
+
+LOW_PRECISION = {
+    'autocast bfloat16': (torch.float32, torch.bfloat16), 'autocast float16': (torch.float32, torch.float16),
+    'bfloat16': (torch.bfloat16, None)}
+
+
+def low_precision_errors(layer, x, w, param_dtype, autocast):
+    """Root mean square errors of both paths against float64, for the output and every gradient."""
+    exact = run(copy.deepcopy(layer).double(), x.double(), w.double())
+    kwargs = dict(dtype=autocast) if autocast else {}
+    paths = both_paths(layer.to(param_dtype), x.to(autocast or param_dtype), w.to(autocast or param_dtype), **kwargs)
+    return [[(a.double() - b).square().mean().sqrt().item() for a, b in zip(p, exact, strict=True)] for p in paths]
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('residual', [True, False])
+@pytest.mark.parametrize('kind', LOW_PRECISION)
+def test_low_precision_is_as_precise_as_the_composite(kind, residual, training):
+    """No error above twice the composite's, with as many segments as blocks and halvings need to show.
+
+    There are enough values for the errors not to hang on a few that are rounded to the other side of a ReLU.
+    """
+    torch.manual_seed(0)
+    layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
+    layer(2 * torch.randn(8, 64, 8, 8))  # statistics that are near those of x, but others
+    layer.train(training)
+    x, w = torch.randn(2, 16, 64, 16, 16).bfloat16().float()
+    fused, composite = low_precision_errors(layer, x, w, *LOW_PRECISION[kind])
+    for name, f, c in zip(['y', 'x', *dict(layer.named_parameters())], fused, composite, strict=True):
+        assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('residual', [True, False])
+def test_float32(residual, training, norm_kernels):
+    torch.manual_seed(0)
+    layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
+    layer(2 * torch.randn(8, 64, 8, 8))
+    layer.train(training)
+    x, w = torch.randn(2, 4, 64, 16, 16)
+    exact = run(copy.deepcopy(layer).double(), x.double(), w.double())
+    for name, f, e in zip(['y', 'x', *dict(layer.named_parameters())], run(layer, x, w), exact, strict=True):
+        assert (f - e).norm() < 1e-5 * e.norm(), name
+
+
+def test_float32_input_under_autocast_keeps_its_residual():
+    torch.manual_seed(0)
+    layer = make_layer(12, 3)
+    x, w = torch.randn(2, 8, 12, 9, 9)
+    exact = run(copy.deepcopy(layer).double(), x.double(), w.double())
+    fused, composite = both_paths(layer, x, w, dtype=torch.bfloat16)
+    assert fused[0].dtype == fused[1].dtype == torch.float32
+    for f, c, e in zip(fused, composite, exact, strict=True):
+        assert (f - e).square().mean() <= 4 * (c - e).square().mean()
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_memory_format_is_kept(memory_format):
+    x = torch.randn(2, 12, 5, 4).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
+    y = make_layer(12, 3)(x)
+    y.sum().backward()
+    assert y.is_contiguous(memory_format=FORMATS[memory_format])
+    assert x.grad.is_contiguous(memory_format=FORMATS[memory_format])
+
+
+@pytest.mark.parametrize('fmt', FORMATS)
+def test_gradients_have_the_strides_of_their_parameters(fmt):
+    layer = make_layer(12, 3).to(memory_format=FORMATS[fmt])
+    layer(torch.randn(2, 12, 5, 4)).sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
+def test_fifty_steps_of_training():
+    """Both paths, from one seed, stay together over momentum, running statistics and stochastic depth."""
+    torch.manual_seed(0)
+    model = Gunn((12, 16), (3, 4), layout='cifar', shortcut=True, num_classes=4, drop_path_rate=0.2).double()
+    data = [(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(4, (4,))) for _ in range(50)]
+
+    def train(model):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True)
+        losses = []
+        for x, t in data:
+            loss = nn.functional.cross_entropy(model(x), t)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    composite = copy.deepcopy(model)
+    for m in composite.modules():
+        if isinstance(m, GunnLayer):
+            m.fused = False
+    losses = train(model)
+    assert_close(losses, train(composite), rtol=1e-8, atol=1e-8)
+    assert_close(model.state_dict(), composite.state_dict(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('trained', ['input', 'conv1', 'conv2', 'conv3', 'proj', 'bn', 'conv'])
+def test_frozen_parameters(trained):
+    """Whatever is frozen has no gradient, and the rest of the gradients is what it is without freezing."""
+    torch.manual_seed(0)
+    layer = make_layer(12, 4, 2, shortcut=True).double()
+    x = torch.randn(2, 12, 3, 3, dtype=torch.float64)
+    expected = dict(zip(['y', 'x', *dict(layer.named_parameters())], run(layer, x), strict=True))
+    layer.zero_grad()
+    for name, p in layer.named_parameters():
+        p.requires_grad_(trained in name.split('.'))
+    x.requires_grad_(trained == 'input')
+    layer(x).sum().backward()
+    for name, t in [('x', x), *layer.named_parameters()]:
+        if t.requires_grad:
+            assert_close(t.grad, expected[name])
+        else:
+            assert t.grad is None, name
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products and of gradients of convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in ('aten::mm', 'aten::addmm', 'aten::addmm_'):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        elif name == 'aten::convolution_backward':
+            grad, _, weight = args[:3]
+            self.count += grad.numel() // grad.shape[1] * weight.numel() * sum(args[-1][:2])
+        return func(*args, **(kwargs or {}))
+
+
+def backward_products(layer, x):
+    """Multiplications of the fused backward pass, seen from inside of the operator."""
+    params = [t for c in layer._conv_norms() for t in c.fused_params()]
+    needs = [t.requires_grad for t in [x, *params]]
+    config = None, [1e-5] * (len(params) // 5), layer.segments, 1, layer.residual, x.dtype
+    params = [t.detach() for t in params]
+    batch_stats = [t.numel() == 0 for t in params[3::5]]
+    x = x.detach()
+    op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
+    y, saved = op.forward(x, True)
+    for k, norm in enumerate(op.norms):
+        params[5 * k + 3:5 * k + 5] = norm.batch_statistics()
+    op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
+    with Products() as products:
+        op.backward(torch.ones_like(y), x, y, params, saved, needs)
+    return products.count
+
+
+def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
+    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 1)
+    layer = make_layer(32, 4)
+    x = torch.randn(2, 32, 6, 6, requires_grad=True)
+    conv1, conv2, conv3 = (72 * v for v in (32 * 64, 9 * 64 * 16, 64 * 8))
+    # For the input and the weight of each convolution; and conv3 once more, for its output.
+    assert backward_products(layer, x) == 2 * conv1 + 2 * conv2 + 3 * conv3
+    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs, and 4 more in blocks of one.
+    assert backward_products(layer, x.detach()) == (1 + 10 / 16) * conv1 + 2 * conv2 + 3 * conv3
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    assert backward_products(layer, x) == conv1 + conv2 + 2 * conv3
+
+
+def test_double_backward_is_an_error():
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    layer = make_layer(6, 3)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*fused=False'):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    layer.fused = False
+    grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_function_transforms_take_the_composite_path():
+    layer = make_layer(6, 3).double().eval()
+    x, v = torch.randn(2, 2, 6, 3, 3, dtype=torch.float64).unbind()
+    expected = run(layer, x)[1]
+    assert_close(torch.func.grad(lambda x: layer(x).sum())(x), expected)
+    _, tangent = torch.func.jvp(layer, (x,), (v,))
+    assert_close(tangent.sum(), (expected * v).sum())
+    assert_close(torch.func.vmap(layer)(x[:, None]), layer(x)[:, None])
+
+
+def test_the_reason_for_the_composite_path_is_logged(caplog):
+    x = torch.randn(2, 6, 3, 3)
+    layer = GunnLayer(6, 3)
+    with caplog.at_level(logging.DEBUG, 'timm_gunn.layer'):
+        layer(x)
+        assert not caplog.messages
+        GunnLayer(6, 3, act_layer='gelu')(x)
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer).eval()(x)
+    assert caplog.messages == [
+        'GunnLayer: not fused, activation GELU.', 'GunnLayer: not fused, norm SyncBatchNorm, convolution without bias.']
+
+
+def test_one_value_per_channel_is_the_error_of_batch_norm():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        GunnLayer(6, 3)(torch.randn(1, 6, 1, 1))
+    assert GunnLayer(6, 3).eval()(torch.randn(1, 6, 1, 1)).shape == (1, 6, 1, 1)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_compiles_to_one_graph_that_does_not_grow_with_segments(training):
+    """One operator per layer and direction; only the matrices that it keeps are more with more segments."""
+    def compiled_nodes(segments):
+        torch.manual_seed(0)
+        layer = make_layer(24, segments).double().train(training)
+        x = torch.randn(2, 24, 4, 4, dtype=torch.float64)
+        graphs = []
+
+        def count(graph, _):
+            calls = [str(n.target) for n in graph.graph.nodes if n.op == 'call_function']
+            assert sum(name.startswith('timm_gunn.') for name in calls) == 1
+            graphs.append(sum('getitem' not in name and 'detach' not in name for name in calls))
+            return graph
+
+        from torch._dynamo.backends.common import aot_autograd
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+        expected = copy.deepcopy(layer)
+        for a, b in zip(run(compiled, x), run(expected, x), strict=True):
+            assert_close(a, b)
+        for a, b in zip(layer.buffers(), expected.buffers(), strict=True):
+            assert_close(a, b)
+        assert len(graphs) == 2
+        return graphs
+
+    assert compiled_nodes(4) == compiled_nodes(12)
+
+
+def mib_per_image(model, size=224):
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return saved_bytes(model.to(memory_format=torch.channels_last), x)[0] / 2 / 2 ** 20
+
+
+def test_saved_memory_of_gunn18():
+    import timm
+    gunn18, sunn18 = timm.create_model('gunn18'), timm.create_model('sunn18')
+    fused = mib_per_image(gunn18)
+    assert fused < 75
+    assert fused < mib_per_image(sunn18)
+    gunn18.set_grad_checkpointing()
+    assert mib_per_image(gunn18) < fused / 2
+
+
+def test_the_switch():
+    """The argument reaches every layer, and a layer obeys its attribute; the paths differ in what they save."""
+    for fused in (True, False):
+        model = Gunn((12, 16), (3, 4), layout='cifar', num_classes=4, fused=fused)
+        assert [m.fused for m in model.modules() if isinstance(m, GunnLayer)] == [fused] * 2
+    x = torch.randn(2, 12, 16, 16)
+    layer = GunnLayer(12, 3)
+    fused, _ = saved_bytes(layer, x)
+    layer.fused = False
+    assert fused < saved_bytes(layer, x)[0] / 2
+
+
+def test_flop_counter_sees_the_operator():
+    """torch's counter counts the operator as the modules of the composite."""
+    layer = make_layer(12, 3, shortcut=True)
+    counts = []
+    for layer.fused in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(2, 12, 5, 5, requires_grad=True)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_reference_layer_is_not_fused():
+    """What everything is compared to shares no code with the operator."""
+    assert not any(isinstance(m, GunnLayer) for m in ReferenceLayer(6, 3).modules())
