@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import timm
+import timm.utils
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
@@ -503,3 +504,39 @@ def test_onnx(name, dynamo, tmp_path):
         x = torch.randn(*shape)
         out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_same_output(torch.from_numpy(out), model(x))
+
+
+@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'composite'])
+@pytest.mark.parametrize(
+    'convert', [lambda m: m, timm.layers.freeze_batch_norm_2d, nn.SyncBatchNorm.convert_sync_batchnorm],
+    ids=['plain', 'frozen', 'synchronised'])
+@pytest.mark.parametrize('name', SMALL)
+def test_reparameterize(name, convert, fused):
+    """timm's folding leaves no norm and the same outputs, and the model that was given as it was."""
+    model = convert(randomise(small(name, fused=fused))).double().eval()
+    before = copy.deepcopy(model.state_dict())
+    folded = timm.utils.reparameterize_model(model)
+    assert_close(model.state_dict(), before)
+    assert not any('running_mean' in k for k in folded.state_dict())
+    x = torch.randn(2, 3, 40, 32, dtype=torch.float64)
+    assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+    assert_close(folded.train()(x), model(x), rtol=1e-9, atol=1e-9)  # nothing depends on the mode any more
+
+
+def test_reparameterized_network_can_be_trained():
+    folded = timm.utils.reparameterize_model(randomise(small('gunn15'))).double()
+    composite = copy.deepcopy(folded)
+    for m in composite.modules():
+        if isinstance(m, GunnLayer):
+            m.fused = False
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    grads, _ = train_step(folded, x)
+    assert_close(grads, train_step(composite, x)[0], rtol=1e-8, atol=1e-8)
+
+
+def test_reparameterize_leaves_what_it_cannot_fold():
+    model = timm.layers.convert_splitbn_model(small('gunn15', norm_layer='batchnorm2d'), 2).eval()
+    folded = timm.utils.reparameterize_model(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert_close(folded(x), model(x))
+    assert folded.state_dict().keys() == model.state_dict().keys()

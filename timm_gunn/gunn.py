@@ -19,7 +19,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_la
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .layer import GunnLayer, reset_norm
+from .layer import GunnLayer, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -42,7 +42,16 @@ class AtrousAvgPool2d(nn.Module):
         return (x + torch.cat([x[:, :, :, d:], x[:, :, :, -d:]], 3)) / 2
 
 
-class GunnStage(nn.Sequential):
+class ConvNormAct(nn.Sequential):
+    """Modules in a row, a convolution `conv` and its norm `bn` among them."""
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, for inference; timm.utils.reparameterize_model calls this."""
+        fold_norm(self)
+
+
+class GunnStage(ConvNormAct):
     """A transition and a GUNN layer, which update their running statistics once per step under checkpointing too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +173,7 @@ class Gunn(nn.Module):
         # Every feature is the output of a direct child, and the children run in the order of their registration.
         stem_chs = 64
         kernel_size, reduction = (7, 2) if imagenet else (3, 1)
-        self.stem = nn.Sequential(_conv_norm_act(
+        self.stem = ConvNormAct(_conv_norm_act(
             in_chans, stem_chs, kernel_size, reduction, norm_layer, act_layer, **dd))
         self.feature_info = [dict(num_chs=stem_chs, reduction=reduction, module='stem')] if imagenet else []
 
@@ -197,7 +206,7 @@ class Gunn(nn.Module):
         if imagenet:
             self.final_conv = nn.Identity()
         else:
-            self.final_conv = nn.Sequential(_conv_norm_act(prev_chs, prev_chs, 1, 1, norm_layer, act_layer, **dd))
+            self.final_conv = ConvNormAct(_conv_norm_act(prev_chs, prev_chs, 1, 1, norm_layer, act_layer, **dd))
         self.num_features = prev_chs
         self._create_head(num_classes, global_pool, **dd)
         self.feature_names: List[str] = [info['module'] for info in self.feature_info]

@@ -321,6 +321,11 @@ class ConvNorm(nn.Module):
         nn.init.normal_(self.conv.weight, std=std)
         reset_norm(self.bn, running_var=std ** 2 * self.conv.weight[0].numel())
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, for inference; timm.utils.reparameterize_model calls this."""
+        fold_norm(self)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""
         return self.bn(self.conv(x))
@@ -349,8 +354,7 @@ class ConvNorm(nn.Module):
             return weight, none, none if self.conv.bias is None else self.conv.bias, none, none
         if self.conv.bias is not None:
             return None
-        frozen = type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
-        if not frozen and (
+        if not _is_torchvision_frozen(norm) and (
                 type(norm) is not nn.BatchNorm2d or norm.track_running_stats != (norm.running_mean is not None)):
             return None
         gamma = weight.new_ones(weight.shape[0]) if norm.weight is None else norm.weight
@@ -394,6 +398,35 @@ def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
             t.fill_(values.get(name.rpartition('.')[2], 0.0))
+
+
+@torch.no_grad()
+def fold_norm(module: nn.Module) -> None:
+    """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
+
+    Other norms than BatchNorm, SyncBatchNorm and torchvision's frozen one, norms without running statistics, and other
+    classes than nn.Conv2d are left as they are.
+    """
+    conv, norm = module.conv, module.bn
+    plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
+    if type(conv) is not nn.Conv2d or not plain or norm.running_mean is None:
+        return
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale *= norm.weight
+    bias = -norm.running_mean * scale
+    if conv.bias is not None:
+        bias += conv.bias * scale
+    if norm.bias is not None:
+        bias += norm.bias
+    conv.weight.copy_(conv.weight * scale[:, None, None, None])
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+    module.bn = nn.Identity()
+
+
+def _is_torchvision_frozen(norm: nn.Module) -> bool:
+    return type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
 
 
 def takes_batch_stats(norm: nn.Module) -> bool:
