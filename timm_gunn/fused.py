@@ -382,7 +382,7 @@ class _Layer:
         saved = self.saved[i * count:(i + 1) * count]
         sent = [d[i] for d in self.unit_sent]
         if len(self.readers) > 1:
-            self._norm_backward(self.readers[1], i, received, saved[-1], sent[1])
+            sent[1].copy_(self.norms[-1].backward(i, received, saved[-1], self._buffer('grad_proj', self.width)))
         for k in reversed(range(0, 3 * self.depth, 3)):
             h1, h2 = saved[k // 3 * 2:k // 3 * 2 + 2]
             hidden = h1.shape[1]
@@ -396,20 +396,14 @@ class _Layer:
             d, grad_weight = _conv3x3_backward(
                 d, a, self.unit_weights[k + 1][i], self.map_shape, self.dilation, grads.wanted(k + 1))
             grads.put(k + 1, i, grad_weight)
-            d = _relu_backward(d, a)
+            d = self.norms[k].backward(i, _relu_backward(d, a), h1, self._buffer('grad_hidden', hidden))
             if k == 0:
-                self._norm_backward(k, i, d, h1, sent[0])
+                sent[0].copy_(d)
             else:
-                d = self.norms[k].backward(i, d, h1, self._buffer('grad_hidden', hidden))
                 # The input of this bottleneck is the output of the one before.
                 h = self._last(k - 1, i, self._activate(k - 2, i, saved[k // 3 * 2 - 1]))
                 grads.add_product(k, i, d, self.norms[k - 1].apply(i, h, self._buffer('update', self.width)))
                 received = d @ self.unit_weights[k][i]
-
-    def _norm_backward(self, k: int, i: int, grad: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> None:
-        d = self.norms[k].backward(i, grad, h, out)
-        if d is not out:
-            out.copy_(d)
 
 
 class _Gradients:
@@ -592,15 +586,14 @@ class _CpuNorm(_Norm):
             by_h = self.by_grad_gammas[i] * grad_gamma
             constant = (self.by_grad_betas[i] * grad_beta).addcmul_(by_h, self.means[i], value=-1)
             by_h, constant = self._repeat(by_h), self._repeat(constant)
-        # 16 bits are rounded to once, at the end.
-        direct = self.dtype == self.stats_dtype and (self.fold == 1 or out.is_contiguous())
-        total = self._wide(out) if direct else None
+        wide_out = self._wide(out)
+        total = wide_out if self.dtype == self.stats_dtype else None  # 16 bits are rounded to once, at the end
         if self.batch:
             total = torch.addcmul(constant, wide_h, by_h, out=total).addcmul_(wide_grad, by_grad)
         else:
             total = torch.mul(wide_grad, by_grad, out=total)
-        if not direct:
-            out.copy_(total.view(out.shape))
+        if total is not wide_out:
+            wide_out.copy_(total)
         return out
 
 
