@@ -212,6 +212,7 @@ class _Layer:
         if x.dtype != self.dtype:  # what the convolutions read is rounded, the residual is not
             state = out.to(self.dtype)
         saved: List[torch.Tensor] = []
+        segments, state_segments = out.split(self.width, 1), state.split(self.width, 1)
         for start, stop in self._blocks(FORWARD_BLOCK):
             shared = [
                 _read(state, self.weights[k][self._rows(k, start, stop)], self.map_shape).chunk(stop - start, 1)
@@ -223,16 +224,15 @@ class _Layer:
                     self._read_change(k, t[i - start], change, i, start)
                     for k, t in zip(self.readers, shared, strict=True)]
                 update = self._unit(i, reads, saved, keep)
-                columns = self._columns(i, i + 1)
                 if i + 1 < stop:
                     changed = change[:, self._columns(i - start, i - start + 1)]
-                    changed.copy_(update if self.residual else update - state[:, columns])
+                    changed.copy_(update if self.residual else update - state_segments[i])
                 if self.residual:
-                    out[:, columns].add_(update)
+                    segments[i].add_(update)
                 else:
-                    out[:, columns].copy_(update)
+                    segments[i].copy_(update)
                 if state is not out:
-                    state[:, columns].copy_(out[:, columns])
+                    state_segments[i].copy_(segments[i])
         return y.contiguous(memory_format=_memory_format(x)), saved
 
     def _blocks(self, columns: int) -> List[Tuple[int, int]]:
@@ -289,8 +289,9 @@ class _Layer:
             self.norms[k].measure(h)
 
     def _activate(self, k: int, i: int, h: torch.Tensor, keep: bool = True) -> torch.Tensor:
-        """Norm and ReLU behind convolution k. Both bottlenecks and both activations share a buffer."""
-        a = self.norms[k].apply(i, h, self._buffer('activation', h.shape[1]))
+        """Norm and ReLU behind convolution k: in place unless h is kept, else in a buffer that all of them share."""
+        out = self._buffer('activation', h.shape[1]) if keep else h
+        a = self.norms[k].apply(i, h, out)
         return a.relu() if a is h and keep else a.relu_()
 
     def _last(self, k: int, i: int, a: torch.Tensor) -> torch.Tensor:
