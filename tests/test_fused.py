@@ -316,6 +316,8 @@ def test_one_value_per_channel_is_the_error_of_batch_norm():
     assert GunnLayer(6, 3).eval()(torch.randn(1, 6, 1, 1)).shape == (1, 6, 1, 1)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.8.'), reason='torch 2.8 takes every compilation for an export: composite path')
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_compiles_to_one_graph_that_does_not_grow_with_segments(training):
     """One operator per layer and direction; only the matrices that it keeps are more with more segments."""
