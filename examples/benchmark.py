@@ -4,24 +4,32 @@
     python examples/benchmark.py --device cuda --dtype bfloat16 --batch-size 128
     python examples/benchmark.py --models gunn15 sunn15 --img-size 32 --batch-size 64
     python examples/benchmark.py --sweep 400x56 1600x14       # one layer, over the number of segments
+    python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
 
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:folded` (inference) a model
-with its norms folded by timm. Every round runs each variant once, one after the other, so that a drift of the machine's
-speed meets all of them; ratios are taken within a round. Times are medians over the rounds, with the interquartile
-range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov momentum.
+with its norms folded by timm. Every round runs one step of each variant, one after the other, so that a drift of the
+machine's speed meets all of them; ratios are taken within a round. Times are medians over the rounds, with the
+interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
+momentum.
+
+Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
+another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
 """
 import argparse
 import csv
+import multiprocessing
 import os
 import platform
+import resource
 import shlex
 import statistics
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 import timm
 import timm.utils
@@ -30,9 +38,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gunn
-from timm_gunn import GunnLayer
+from timm_gunn import GunnLayer, fused
 
-MODELS = ['gunn18', 'sunn18', 'gunn18:composite', 'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
+MODELS = [
+    'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:folded', 'sunn18:folded',
+    'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--reference', help='the ratios are to this one (default: the second of the models)')
     parser.add_argument('--bench', choices=['train', 'inference', 'both'], default='both')
     parser.add_argument('--sweep', nargs='+', metavar='CHANNELSxPIXELS', help='time single layers over their segments')
+    parser.add_argument('--segments', nargs='+', type=int, help='of the sweep (default: all divisors up to a quarter)')
+    parser.add_argument('--roofline', metavar='NAME', help='count operations and bytes of the layers of a GUNN')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
                         help='16 bits by autocast')
@@ -55,54 +67,71 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Variant:
-    """A network with what it takes to run one step of it."""
+class Network:
+    """A network of timm with what it takes to run one step of it."""
 
     def __init__(self, spec: str, args: argparse.Namespace):
         name, _, kind = spec.partition(':')
-        if kind not in ('', 'composite', 'folded'):
-            raise SystemExit(f"benchmark: expected NAME, NAME:composite or NAME:folded, got {spec!r}.")
-        self.spec, self.args = spec, args
-        self.device = torch.device(args.device)
+        self.args, self.device = args, torch.device(args.device)
         self.model = timm.create_model(name, **({'fused': False} if kind == 'composite' else {}))
-        self.train_possible = kind != 'folded'
         if kind == 'folded':
             self.model = timm.utils.reparameterize_model(self.model)
         size = 2, 3, args.img_size, args.img_size
-        self.num_params = sum(p.numel() for p in self.model.parameters())
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.model.eval()(torch.randn(size))
-        self.gmacs = counter.get_total_flops() / 2 / size[0] / 1e9
-        self.memory_format = torch.contiguous_format if args.contiguous else torch.channels_last
-        self.model.to(self.device, memory_format=self.memory_format)
-        self.x = torch.randn(args.batch_size, *size[1:], device=self.device).contiguous(
-            memory_format=self.memory_format)
+        memory_format = torch.contiguous_format if args.contiguous else torch.channels_last
+        self.model.to(self.device, memory_format=memory_format)
+        self.x = torch.randn(args.batch_size, *size[1:], device=self.device).contiguous(memory_format=memory_format)
         self.target = torch.zeros(args.batch_size, dtype=torch.long, device=self.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-6, momentum=0.9, nesterov=True)
-        self.saved = saved_bytes(self.forward, self.model) / args.batch_size / 2 ** 20 if self.train_possible else None
+        self.facts = dict(
+            params=sum(p.numel() for p in self.model.parameters()),
+            gmacs=counter.get_total_flops() / 2 / size[0] / 1e9,
+            saved_mib_per_image=saved_bytes(self.forward, self.model) / args.batch_size / 2 ** 20)
         self.run = torch.compile(self.model) if args.compile else self.model
 
-    def autocast(self):  # noqa: ANN201 (a context manager)
-        if self.args.dtype == 'float32':
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.args.dtype))
-
     def forward(self) -> torch.Tensor:
-        with self.autocast():
+        with autocast(self.args):
             return self.model.train()(self.x)
 
     def train(self) -> None:
         self.model.train()
         self.optimizer.zero_grad()
-        with self.autocast():
+        with autocast(self.args):
             loss = F.cross_entropy(self.run(self.x), self.target)
         loss.backward()
         self.optimizer.step()
 
     def inference(self) -> None:
         self.model.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), autocast(self.args):
             self.run(self.x)
+
+
+class SingleLayer:
+    """One layer with what it takes to run its forward and backward pass."""
+
+    def __init__(self, channels: int, segments: int, pixels: int, args: argparse.Namespace, **kwargs):
+        self.args, self.facts = args, {}
+        memory_format = torch.contiguous_format if args.contiguous else torch.channels_last
+        self.layer = GunnLayer(channels, segments, **kwargs).to(args.device, memory_format=memory_format)
+        x = torch.randn(args.batch_size, channels, pixels, pixels, device=args.device)
+        self.x = x.contiguous(memory_format=memory_format).requires_grad_()
+        self.grad = torch.randn_like(self.x)
+        self.run = torch.compile(self.layer) if args.compile else self.layer
+
+    def train(self) -> None:
+        self.layer.zero_grad()
+        self.x.grad = None
+        with autocast(self.args):
+            y = self.run(self.x)
+        y.backward(self.grad.to(y.dtype))
+
+
+def autocast(args: argparse.Namespace) -> ContextManager[None]:
+    if args.dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype))
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
@@ -121,31 +150,61 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> 
     return sum(saved.values())
 
 
-def timed(f: Callable[[], None], device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    f()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def serve(connection: Connection, build: Callable[[], Any], bench: str, device: str) -> None:
+    """Time a step whenever one is asked for, in a process of its own; send what went wrong if something did."""
+    cuda = device.startswith('cuda')
+    try:
+        variant = build()
+        step = getattr(variant, bench)
+        step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        connection.send(variant.facts)
+        while connection.recv():
+            connection.send(timed(step, device))
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        connection.send(peak / 2 ** 20)
+    except Exception as e:
+        connection.send(e)
 
 
-def interleave(steps: Dict[str, Callable[[], None]], args: argparse.Namespace) -> Dict[str, List[float]]:
-    """Seconds of every step in every round."""
-    times: Dict[str, List[float]] = {name: [] for name in steps}
+def interleave(
+        builders: Dict[str, Callable[[], Any]],
+        bench: str,
+        args: argparse.Namespace,
+) -> Tuple[Dict[str, List[float]], Dict[str, Dict[str, float]]]:
+    """Seconds of every variant's step in every round, and what else there is to know about it."""
+    context = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
+    connections: Dict[str, Connection] = {}
+
+    def receive(name: str) -> Any:  # noqa: ANN401 (a pipe carries anything)
+        message = connections[name].recv()
+        if isinstance(message, Exception):
+            raise SystemExit(f'benchmark: {name}: {type(message).__name__}: {message}')
+        return message
+
+    facts, times = {}, {}
+    for name, build in builders.items():
+        connections[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, build, bench, args.device), daemon=True).start()
+        theirs.close()
+        facts[name], times[name] = receive(name), []
     for r in range(args.warmup + args.rounds):
-        for name, step in steps.items():
-            seconds = timed(step, torch.device(args.device))
+        for name, connection in connections.items():
+            connection.send(True)
+            seconds = receive(name)
             if r >= args.warmup:
                 times[name].append(seconds)
-    return times
+    for name, connection in connections.items():
+        connection.send(False)
+        facts[name]['peak_mib'] = receive(name)
+    return times, facts
 
 
-def spread(values: List[float]) -> str:
+def spread(values: List[float], digits: int) -> str:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f'{median:.3g} ({low:.3g} to {high:.3g})'
+    return f'{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})'
 
 
 def ratios(times: List[float], reference: List[float]) -> List[float]:
@@ -179,85 +238,158 @@ def write_csv(path: Optional[Path], rows: List[Dict[str, object]]) -> None:
 
 
 def bench_models(args: argparse.Namespace) -> None:
-    variants = {spec: Variant(spec, args) for spec in args.models}
     reference = args.reference or args.models[min(1, len(args.models) - 1)]
-    if reference not in variants:
+    if reference not in args.models:
         raise SystemExit(f'benchmark: --reference must be one of {args.models}, got {reference!r}.')
+    for spec in args.models:
+        name, _, kind = spec.partition(':')
+        if kind not in ('', 'composite', 'folded') or not timm.is_model(name):
+            raise SystemExit(f'benchmark: expected NAME, NAME:composite or NAME:folded of a timm model, got {spec!r}.')
     rows = []
     for bench in ('train', 'inference') if args.bench == 'both' else (args.bench,):
-        steps = {s: getattr(v, bench) for s, v in variants.items() if bench == 'inference' or v.train_possible}
-        peaks = {}
-        if args.device.startswith('cuda'):
-            for spec, step in steps.items():
-                step()
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                peaks[spec] = torch.cuda.max_memory_allocated() / 2 ** 20
-        times = interleave(steps, args)
+        builders = {s: partial(Network, s, args) for s in args.models if bench == 'inference' or ':folded' not in s}
+        times, facts = interleave(builders, bench, args)
         passes = 3 if bench == 'train' else 1
-        print(f'\n{bench}: ms per step of {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
-        print(f'| model | ms | / {reference} | images/s | GMAC/s | kept for backward, MiB/image | peak, MiB |')
+        print(f'\n{bench}: {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
+        print(f'| model | ms per step | / {reference} | images/s | GMAC/s | kept for backward, MiB/image | peak, MiB |')
         print('|---|---|---|---|---|---|---|')
         for spec, seconds in times.items():
-            v, median = variants[spec], statistics.median(seconds)
+            median = statistics.median(seconds)
             ratio = ratios(seconds, times[reference]) if reference in times else None
-            saved = f'{v.saved:.1f}' if bench == 'train' else ''
-            peak = f'{peaks[spec]:.0f}' if spec in peaks else ''
-            print(f'| `{spec}` | {spread([1e3 * s for s in seconds])} | {spread(ratio) if ratio else ""} | '
-                  f'{args.batch_size / median:.4g} | {passes * v.gmacs * args.batch_size / median:.4g} | '
-                  f'{saved} | {peak} |')
+            if bench == 'inference':
+                facts[spec]['saved_mib_per_image'] = 0.0
+            fact = facts[spec]
+            print(f'| `{spec}` | {spread([1e3 * s for s in seconds], 0)} | {spread(ratio, 2) if ratio else ""} | '
+                  f'{args.batch_size / median:.4g} | {passes * fact["gmacs"] * args.batch_size / median:.4g} | '
+                  f'{fact["saved_mib_per_image"]:.1f} | {fact["peak_mib"]:.0f} |')
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
                 compile=args.compile, contiguous=args.contiguous, rounds=args.rounds, seconds=median,
                 seconds_min=min(seconds), seconds_max=max(seconds), reference=reference,
-                ratio=statistics.median(ratio) if ratio else '', gmacs=v.gmacs, params=v.num_params,
-                saved_mib_per_image=saved, peak_mib=peak, **machine(args)))
+                ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
     write_csv(args.csv, rows)
     if args.plots:
         plot_models([r for r in rows if r['bench'] == 'train'], args.plots)
 
 
 def bench_sweep(args: argparse.Namespace) -> None:
-    rows = []
+    rows, sizes = [], []
     for spec in args.sweep:
         channels, _, pixels = spec.partition('x')
         if not channels.isdigit() or not pixels.isdigit():
             raise SystemExit(f"benchmark: --sweep takes CHANNELSxPIXELS such as 400x56, got {spec!r}.")
-        channels, pixels = int(channels), int(pixels)
-        x = torch.randn(args.batch_size, channels, pixels, pixels, device=args.device, requires_grad=True)
-        if not args.contiguous:
-            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        w = torch.randn_like(x)
-        print(f'\n{channels} channels, {pixels} x {pixels} pixels, batch {args.batch_size}: '
-              'ms of forward and backward\n')
-        print('| segments | GUNN | SUNN | GUNN / SUNN |\n|---|---|---|---|')
-        for segments in (p for p in range(1, channels // 4 + 1) if channels % p == 0):
-            steps = {}
-            for name, ordered in (('GUNN', True), ('SUNN', False)):
-                layer = GunnLayer(channels, segments, ordered=ordered).to(args.device)
-                if not args.contiguous:
-                    layer.to(memory_format=torch.channels_last)
-                steps[name] = partial(layer_step, layer, x, w, args)
-            times = interleave(steps, args)
+        sizes.append((int(channels), int(pixels)))
+        for segments in args.segments or []:
+            if segments < 1 or int(channels) % segments:
+                raise SystemExit(f'benchmark: --segments must divide the {channels} channels, got {segments}.')
+    for channels, pixels in sizes:
+        print(f'\n{channels} channels, {pixels} x {pixels} pixels, batch {args.batch_size}, {args.dtype}: '
+              'forward and backward\n')
+        print('| segments | GUNN, ms | SUNN, ms | GUNN / SUNN |\n|---|---|---|---|')
+        for segments in args.segments or [p for p in range(1, channels // 4 + 1) if channels % p == 0]:
+            times, facts = interleave({
+                name: partial(SingleLayer, channels, segments, pixels, args, ordered=name == 'GUNN')
+                for name in ('GUNN', 'SUNN')}, 'train', args)
             ratio = ratios(times['GUNN'], times['SUNN'])
-            print(f'| {segments} | {spread([1e3 * s for s in times["GUNN"]])} | '
-                  f'{spread([1e3 * s for s in times["SUNN"]])} | {spread(ratio)} |', flush=True)
+            print(f'| {segments} | {spread([1e3 * s for s in times["GUNN"]], 0)} | '
+                  f'{spread([1e3 * s for s in times["SUNN"]], 0)} | {spread(ratio, 2)} |', flush=True)
             rows.append(dict(
                 channels=channels, pixels=pixels, segments=segments, batch_size=args.batch_size, dtype=args.dtype,
-                contiguous=args.contiguous, rounds=args.rounds, gunn_seconds=statistics.median(times['GUNN']),
-                sunn_seconds=statistics.median(times['SUNN']), ratio=statistics.median(ratio), **machine(args)))
+                compile=args.compile, contiguous=args.contiguous, rounds=args.rounds,
+                gunn_seconds=statistics.median(times['GUNN']), sunn_seconds=statistics.median(times['SUNN']),
+                ratio=statistics.median(ratio), gunn_peak_mib=facts['GUNN']['peak_mib'],
+                sunn_peak_mib=facts['SUNN']['peak_mib'], **machine(args)))
     write_csv(args.csv, rows)
     if args.plots:
         plot_sweep(rows, args.plots)
 
 
-def layer_step(layer: torch.nn.Module, x: torch.Tensor, w: torch.Tensor, args: argparse.Namespace) -> None:
-    layer.zero_grad()
-    x.grad = None
-    cast = args.dtype != 'float32'
-    with torch.autocast(x.device.type, getattr(torch, args.dtype)) if cast else nullcontext():
-        y = layer(x)
-    y.backward(w.to(y.dtype))
+def bench_roofline(args: argparse.Namespace) -> None:
+    """Time of each layer's train step beside the least that its operations, and its bytes, take on this device."""
+    model = timm.create_model(args.roofline)
+    layers: List[Tuple[GunnLayer, int]] = []
+    for m in model.modules():
+        if isinstance(m, GunnLayer):
+            m.register_forward_pre_hook(lambda m, x: layers.append((m, x[0].shape[-1])))
+    with torch.no_grad():
+        model.eval()(torch.randn(1, 3, args.img_size, args.img_size))
+    if not layers:
+        raise SystemExit(f'benchmark: --roofline takes a network with GUNN layers, got {args.roofline!r}.')
+    flops_per_second, bytes_per_second = peaks(args)
+    print(f'\nreached by a large product: {flops_per_second / 1e9:.0f} GFLOP/s, '
+          f'by a large copy: {bytes_per_second / 1e9:.1f} GB/s')
+    print(f'{args.roofline}, batch {args.batch_size}, {args.dtype}: forward and backward of each layer\n')
+    print('| layer {N, P, K, M}, pixels | GFLOP | GB | FLOP/byte | ms by operations | ms by bytes | bound | '
+          'ms measured | operations in % |\n|---|---|---|---|---|---|---|---|---|')
+    rows = []
+    for layer, pixels in layers:
+        flops, num_bytes = layer_work(layer, args.batch_size * pixels ** 2, 4 if args.dtype == 'float32' else 2)
+        config = dict(
+            channels=layer.channels, segments=layer.segments, pixels=pixels, expansion=layer.units[0].conv1.rows
+            * layer.segments // layer.channels, depth=len(layer.units), shortcut=layer.proj is not None)
+        times, _ = interleave({'layer': partial(SingleLayer, **config, ordered=True, args=args)}, 'train', args)
+        by_flops, by_bytes = 1e3 * flops / flops_per_second, 1e3 * num_bytes / bytes_per_second
+        bound = 'operations' if by_flops > by_bytes else 'bytes'
+        milliseconds = [1e3 * s for s in times['layer']]
+        share = 100 * by_flops / statistics.median(milliseconds)
+        name = ', '.join(str(config[k]) for k in ('channels', 'segments', 'expansion', 'depth'))
+        print(f'| {{{name}}}, {pixels} x {pixels} | {flops / 1e9:.1f} | {num_bytes / 1e9:.2f} | '
+              f'{flops / num_bytes:.0f} | {by_flops:.0f} | {by_bytes:.0f} | {bound} | {spread(milliseconds, 0)} | '
+              f'{share:.0f} |', flush=True)
+        rows.append(dict(
+            model=args.roofline, **config, batch_size=args.batch_size, dtype=args.dtype, flops=flops, bytes=num_bytes,
+            peak_flops_per_second=flops_per_second, peak_bytes_per_second=bytes_per_second, bound=bound,
+            seconds=statistics.median(times['layer']), **machine(args)))
+    write_csv(args.csv, rows)
+
+
+def layer_work(layer: GunnLayer, rows: int, itemsize: int) -> Tuple[float, float]:
+    """FLOPs of a train step, without what is computed again, and bytes that pass between memory and the operations.
+
+    Every operation of fused.py is taken to read its operands and write its result once, in matrices of `rows` rows; the
+    products that a block of b segments shares read or write the state once per block. Weights are left out.
+    """
+    n, p, depth = layer.channels, layer.segments, len(layer.units)
+    e, o = layer.units[0].conv1.rows, n // p
+    forward_block, backward_block = (max(1, columns // o) for columns in (fused.FORWARD_BLOCK, fused.BACKWARD_BLOCK))
+    # Of each of a bottleneck's two hidden matrices. Forward: written by its convolution, statistics, norm (read and
+    # write), ReLU (the same), read by the next convolution. Again: norm, ReLU. Backward: the next convolution reads it
+    # and writes its gradient, ReLU (3), norm (2 for the sums, 3), read twice by its own convolution's gradients.
+    hidden = (1 + 1 + 2 + 2 + 1) + (2 + 2) + (2 + 3 + 5 + 2)
+    # Of a bottleneck's output: the same without ReLU, and the sum with the segment (3) or the copy of its gradient.
+    narrow = (1 + 1 + 2 + 3) + 1 + (2 + 5 + 2)
+    # Of the state: read forward; read backward, and G read and written.
+    state = n / forward_block + 3 * n / backward_block
+    per_unit = state + depth * (2 * hidden * e + narrow * o) + (0 if layer.proj is None else narrow * o)
+    flops = 6 * rows * sum(c.conv.weight.numel() for c in layer._conv_norms())
+    return float(flops), float(rows * p * per_unit * itemsize)
+
+
+def peaks(args: argparse.Namespace) -> Tuple[float, float]:
+    """FLOP/s and bytes/s of products and of a copy that are large enough to reach what the device can do."""
+    size = 8192 if args.device.startswith('cuda') else 2048
+    kwargs = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    a = torch.randn(size, size, **kwargs)
+    maps = a.view(1, size // 64, 64, size).permute(0, 3, 1, 2)  # a 1x1 convolution is a product, by another library
+    products = [partial(torch.mm, a, a), partial(F.conv2d, maps, a[:, :, None, None])]
+    big, copy = torch.empty(2, 2 ** 26, device=args.device)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return min(timed(run, args.device) for _ in range(10))
+
+    return 2 * size ** 3 / min(map(seconds, products)), 2 * 4 * len(big) / seconds(partial(copy.copy_, big))
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of a call."""
+    cuda = device.startswith('cuda')
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def plot_models(rows: List[Dict[str, object]], folder: Path) -> None:
@@ -299,7 +431,7 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     print(', '.join(f'{k} {v}' for k, v in machine(args).items()))
-    (bench_sweep if args.sweep else bench_models)(args)
+    (bench_sweep if args.sweep else bench_roofline if args.roofline else bench_models)(args)
 
 
 if __name__ == '__main__':

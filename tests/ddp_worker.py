@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def network(name: str) -> torch.nn.Module:
+def network(name: str, **kwargs) -> torch.nn.Module:
     """A small network of random norm parameters and statistics, in float64."""
     torch.manual_seed(0)
     channels = (12, 16, 20, 24)[:4 if '18' in name else 3]
-    model = timm.create_model(name, channels=channels, segments=(3, 4, 5, 6)[:len(channels)], dtype=torch.float64)
+    model = timm.create_model(
+        name, channels=channels, segments=(3, 4, 5, 6)[:len(channels)], dtype=torch.float64, **kwargs)
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             for t in [*m.parameters(), *m.buffers()]:
@@ -35,6 +36,22 @@ def check_synchronised(name: str, rank: int, size: int) -> None:
         torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=n: f'{name} {n}: {m}')
     for (n, b), c in zip(single.named_buffers(), ddp.module.buffers(), strict=True):
         torch.testing.assert_close(c, b, msg=lambda m, n=n: f'{name} {n}: {m}')
+
+
+def check_paths(name: str, rank: int) -> None:
+    """The fused operator gives what the composite gives, over micro-batches with and without communication."""
+    ddps = [DistributedDataParallel(network(name, fused=fused)) for fused in (True, False)]
+    torch.manual_seed(rank)
+    batches = torch.randn(3, 4, 3, 32, 32, dtype=torch.float64)
+    for ddp in ddps:
+        with ddp.no_sync():
+            for x in batches[:2]:
+                ddp(x).square().mean().backward()
+        ddp(batches[2]).square().mean().backward()
+    fused, composite = (ddp.module for ddp in ddps)
+    for (n, p), q in zip(fused.named_parameters(), composite.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=n: f'{name} {n}: {m}')
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(composite.named_buffers()))
 
 
 def main() -> None:
@@ -62,6 +79,9 @@ def main() -> None:
         loss(ddp(x[4:].chunk(size)[rank]), y[4:].chunk(size)[rank]).backward()
         for (n, p), q in zip(single.named_parameters(), ddp.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=n, name=name: f'{name} {n}: {m}')
+
+    for name in ('gunn15', 'gunn18', 'gunn24'):
+        check_paths(name, rank)
 
     # Norms that follow their own process's batch stay apart from it only in statistics: weights remain equal.
     torch.manual_seed(0)

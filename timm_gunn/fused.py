@@ -1,4 +1,4 @@
-"""The ordered GUNN layer as one operator, at the cost of a layer without the order.
+"""The ordered GUNN layer as one operator on a state that is updated in place.
 
 Unit i's first convolution reads the whole state, whose segments before i are already updated:
 
@@ -10,8 +10,10 @@ units from the last to the first, and what unit i sends back to its input is add
 G is the gradient of x. The gradients of W need x and y, but none of the states between them: the columns of W_i before
 segment i have only ever met y, the others only x.
 
-Neighbouring segments share their products with all columns outside of them. Else, the narrower the segments, the more
-often all N columns would be read for a product with few columns. This changes the order of a sum, not its terms.
+Neighbouring segments form blocks that share products. Else, the narrower the segments, the more often all N columns
+would be read for a product with few columns. Forward, a block's units read the state before the block in one product,
+and each adds what the changes within the block, y_j - x_j, contribute. Backward, what the units of a block send to its
+own columns is passed on unit by unit, what they send to all others in one product for the block.
 
 What is kept for the backward pass are x, y and the outputs of those convolutions that an activation follows. All that
 the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way.
@@ -19,7 +21,7 @@ the norms, activations and narrow 1x1 convolutions make of these is computed aga
 `GunnLayer` chooses between this operator and the composite of its modules, which is the reference.
 """
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ __all__ = ['ordered_update']
 aten = torch.ops.aten
 
 # Columns of the state in a block of segments that share products, if that many are more than one segment.
-FORWARD_BLOCK, BACKWARD_BLOCK = 64, 96
+FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160
 
 
 @torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
@@ -81,7 +83,7 @@ def _(x, params, kept, eps, segments, dilation, residual, dtype, keep):
         gamma.numel() > 0 and mean.numel() == 0 for gamma, mean in zip(params[1::5], params[3::5], strict=True)]
     stats = [
         x.new_empty(w.shape[0] if batch else 0, dtype=_stats_dtype(dtype))
-        for w, batch in zip(params[::5], batch_stats, strict=False) for _ in range(2)]
+        for w, batch in zip(params[::5], batch_stats, strict=True) for _ in range(2)]
     rows = x.shape[0] * x.shape[2] * x.shape[3]
     saved = [
         x.new_empty(rows, params[5 * k].shape[0] // segments, dtype=dtype)
@@ -120,7 +122,7 @@ def _(grad, x, y, params, saved, batch_stats, needs, kept, eps, segments, dilati
     grad_x = torch.empty_like(x, memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
     return grad_x, [
         torch.empty_like(t) if need else t.new_empty(0)
-        for k, (t, need) in enumerate(zip(params, needs[1:], strict=False)) if k % 5 < 3]
+        for k, (t, need) in enumerate(zip(params, needs[1:], strict=True)) if k % 5 < 3]
 
 
 def _setup_context(ctx, inputs, output):
@@ -155,7 +157,7 @@ def _backward(ctx, grad, *_):  # noqa: ANN002 (the other outputs have no gradien
     grads = [next(it) if k % 5 < 3 else None for k in range(ctx.num_params)]
     return (
         grad_x if needs[0] else None,
-        [g if need else None for g, need in zip(grads, needs[1:], strict=False)],
+        [g if need else None for g, need in zip(grads, needs[1:], strict=True)],
         *rest)
 
 
@@ -184,7 +186,7 @@ class _Layer:
     def __init__(self, x, params, batch_stats, kept, eps, segments, dilation, residual, dtype):
         batch, channels, height, width = x.shape
         self.map_shape, self.rows, self.device = (batch, height, width), batch * height * width, x.device
-        self.buffers: Dict[str, torch.Tensor] = {}
+        self.buffers: Dict[Tuple[str, int], torch.Tensor] = {}
         self.segments, self.dilation, self.residual, self.dtype = segments, dilation, residual, dtype
         self.depth = len(eps) // 3
         weights = [w.to(dtype) for w in params[::5]]
@@ -202,9 +204,10 @@ class _Layer:
 
     def _buffer(self, name: str, channels: int) -> torch.Tensor:
         """Working memory for one matrix, the same for every unit: fresh memory costs more than what is done with it."""
-        if name not in self.buffers:
-            self.buffers[name] = torch.empty(self.rows, channels, dtype=self.dtype, device=self.device)
-        return self.buffers[name]
+        key = name, channels
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(self.rows, channels, dtype=self.dtype, device=self.device)
+        return self.buffers[key]
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         y = _clone(x)
@@ -251,8 +254,8 @@ class _Layer:
 
     def _read_change(self, k: int, h: torch.Tensor, change: torch.Tensor, i: int, start: int) -> torch.Tensor:
         """Output of unit i's convolution on the state, from that on the state before its block."""
-        if i == start:
-            h = h.contiguous()
+        if i == start:  # a chunk of what the block shares, unless the block is a single unit
+            h = h.clone(memory_format=torch.contiguous_format) if change.shape[1] else h
         else:
             weight = self.unit_weights[k][i][:, self._columns(start, i)]
             h = torch.addmm(h, change[:, self._columns(0, i - start)], weight.t())
@@ -315,73 +318,60 @@ class _Layer:
         self.g = _matrix(g_map)
         self.x, self.y = (
             _matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
-        self.grads = _Gradients(params, needs[1:], self.weights, self.norms, self.segments)
-        # Gradients of the outputs of the convolutions that read the state.
-        self.sent = [self.x.new_empty(self.rows, len(self.weights[k])) for k in self.readers]
-        self.unit_sent = [d.chunk(self.segments, 1) for d in self.sent]
-        self.saved, self.grad_x_wanted = saved, needs[0]
-        self._units_backward(0, self.segments)
+        self.grads, self.saved = _Gradients(params, needs[1:], self.weights, self.norms, self.segments), saved
+        for start, stop in reversed(self._blocks(BACKWARD_BLOCK)):
+            sent = self._block_backward(start, stop)
+            before, after = self._columns(0, start), self._columns(stop, self.segments)
+            self._send(start, stop, sent, before, self.g[:, before], self.y[:, before])
+            self._send(start, stop, sent, after, self.g[:, after] if needs[0] else None, self.x[:, after])
         grad_x = g_map.contiguous(memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
         return grad_x, self.grads.collect()
 
-    def _units_backward(self, start: int, stop: int) -> None:
-        """Take G through the units [start, stop), from the last to the first.
+    def _block_backward(self, start: int, stop: int) -> List[torch.Tensor]:
+        """Take the block's own columns of G through units [start, stop): Algorithm 1, as if there were no others.
 
-        Only what the later units send to the earlier segments is due before these have their turn. So the products can
-        be shared by half of the units at a time, down to a block that is not worth it.
+        Returns the gradients of what the units' convolutions read from the state.
         """
-        if stop - start == 1 or (stop - start) * self.width <= BACKWARD_BLOCK:
-            for i in reversed(range(start, stop)):
-                self._unit_backward(i)
-                self._add_to_g((i, i + 1), (start, stop))
-            self._block_weight_gradients(start, stop)
-            return
-        middle = (start + stop) // 2
-        earlier, later = (start, middle), (middle, stop)
-        self._units_backward(*later)
-        self._add_to_g(later, earlier)
-        self._weight_gradients(later, earlier, self.y)
-        self._units_backward(*earlier)
-        if self.grad_x_wanted:
-            self._add_to_g(earlier, later)
-        self._weight_gradients(earlier, later, self.x)
+        count, columns = stop - start, self._columns(start, stop)
+        g = self.g[:, columns].clone(memory_format=torch.contiguous_format)
+        state = self.y[:, columns].clone(memory_format=torch.contiguous_format)
+        sent = [self._buffer(f'sent {k}', len(self.weights[k]) // self.segments * count) for k in self.readers]
+        unit_sent = list(zip(*(d.chunk(count, 1) for d in sent), strict=True))
+        for i in reversed(range(start, stop)):
+            own = self._columns(i - start, i - start + 1)
+            received = self._buffer('received', self.width).copy_(g[:, own])
+            if not self.residual:
+                g[:, own].zero_()
+            self._unit_backward(i, received, unit_sent[i - start])
+            state[:, own].copy_(self.x[:, self._columns(i, i + 1)])
+            self._send(i, i + 1, unit_sent[i - start], columns, g, state)
+        self.g[:, columns] = g
+        return sent
 
-    def _add_to_g(self, units: Tuple[int, int], segments: Tuple[int, int]) -> None:
-        """Add what units send to segments: d W."""
-        columns = self._columns(*segments)
-        for k, d in zip(self.readers, self.sent, strict=False):
-            rows = self._rows(k, *units)
-            _accumulate(self.g[:, columns], d[:, rows], self.weights[k][rows, columns])
-
-    def _weight_gradients(self, units: Tuple[int, int], segments: Tuple[int, int], state: torch.Tensor) -> None:
-        """Gradients of the weights with which units have read segments of `state`: d^T state."""
-        columns = self._columns(*segments)
-        for k, d in zip(self.readers, self.sent, strict=False):
+    def _send(
+            self,
+            start: int,
+            stop: int,
+            sent: Sequence[torch.Tensor],
+            columns: slice,
+            g: Optional[torch.Tensor],
+            state: torch.Tensor,
+    ) -> None:
+        """Pass on what units [start, stop) send to columns of the state: d W to G, d^T state to the gradient of W."""
+        for k, d in zip(self.readers, sent, strict=True):
+            rows = self._rows(k, start, stop)
+            if g is not None:
+                _accumulate(g, d, self.weights[k][rows, columns])
             if self.grads.wanted(k):
-                rows = self._rows(k, *units)
-                torch.mm(d[:, rows].t(), state[:, columns], out=self.grads.grads[k][rows, columns])
+                torch.mm(d.t(), state, out=self.grads.grads[k][rows, columns])
 
-    def _block_weight_gradients(self, start: int, stop: int) -> None:
-        """The same for the units of a block and its own segments, the ones before a unit from y, the others from x."""
-        self._weight_gradients((start, stop), (start, stop), self.x)
-        for k, d in zip(self.readers, self.sent, strict=False):
-            if self.grads.wanted(k) and start + 1 < stop:
-                rows, columns = self._rows(k, start + 1, stop), self._columns(start, stop - 1)
-                from_y = d[:, rows].t() @ self.y[:, columns]
-                for i, grad in enumerate(from_y.chunk(stop - start - 1), start + 1):
-                    columns = self._columns(start, i)
-                    self.grads.grads[k][self._rows(k, i, i + 1), columns] = grad[:, :columns.stop - columns.start]
-
-    def _unit_backward(self, i: int) -> None:
-        segment, grads = self.g[:, self._columns(i, i + 1)], self.grads
-        received = self._buffer('received', self.width).copy_(segment)
-        if not self.residual:
-            segment.zero_()
+    def _unit_backward(self, i: int, received: torch.Tensor, sent: Sequence[torch.Tensor]) -> None:
+        """Write the gradients of what unit i's convolutions read from the state; `received` is that of its update."""
+        grads = self.grads
         if self.kept is not None:
             self._scale_samples(received, i)
         count = len(self.saved) // self.segments
         saved = self.saved[i * count:(i + 1) * count]
-        sent = [d[i] for d in self.unit_sent]
         if len(self.readers) > 1:
             sent[1].copy_(self.norms[-1].backward(i, received, saved[-1], self._buffer('grad_proj', self.width)))
         for k in reversed(range(0, 3 * self.depth, 3)):
@@ -440,8 +430,9 @@ class _Gradients:
         """In the order and the dtypes of the parameters."""
         result = []
         for k, (grad, norm) in enumerate(zip(self.whole, self.norms, strict=True)):
+            first, values = 5 * k, (grad, norm.grad_gammas, norm.grad_betas)
             for value, param, need in zip(
-                    (grad, norm.grad_gammas, norm.grad_betas), self.params[5 * k:], self.needs[5 * k:], strict=False):
+                    values, self.params[first:first + 3], self.needs[first:first + 3], strict=True):
                 if not need:
                     result.append(param.new_empty(0))
                 else:

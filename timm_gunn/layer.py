@@ -142,7 +142,7 @@ class GunnLayer(nn.Module):
             update = self.proj(x) + update
         kept = self._kept(x)
         if kept is not None:
-            update = update * kept
+            update = update * kept.repeat_interleave(self.channels // self.segments, 1)
         return x + update if self.residual else update
 
     def _forward_ordered(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ class GunnLayer(nn.Module):
             if self.proj is not None:
                 update = self.proj.forward_unit(s, i) + update
             if kept is not None:
-                update = update * kept[:, i * width:(i + 1) * width]
+                update = update * kept[:, i:i + 1]
             state[i] = state[i] + update if self.residual else update
         return torch.cat(state, 1)
 
@@ -166,12 +166,12 @@ class GunnLayer(nn.Module):
         params = [t for c in convs for t in c.fused_params()]
         kept = self._kept(x)
         y, stats, _ = ordered_update(
-            x, params, None if kept is None else kept[:, ::self.channels // self.segments, 0, 0],
+            x, params, None if kept is None else kept.flatten(1),
             [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.units[0].conv2.conv.dilation[0],
             self.residual, _compute_dtype(x),
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=False):
+        for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=True):
             if mean.numel():
                 update_running_stats(c.bn, mean, variance, count)
         return y
@@ -217,7 +217,7 @@ class GunnLayer(nn.Module):
                 return f'an input of {x.dtype} and weights of {weight_dtype}'
             if c.conv.weight.device != x.device:
                 return f'an input on {x.device} and weights on {c.conv.weight.device}'
-            if c.fused_params() is None:
+            if not c.is_fusible():
                 return f'norm {type(c.bn).__name__}, convolution with{"out" if c.conv.bias is None else ""} bias'
             if count <= 1 and takes_batch_stats(c.bn):
                 return 'statistics of a single value'
@@ -226,11 +226,11 @@ class GunnLayer(nn.Module):
         return None
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """Scale of each sample's updates under stochastic depth, (B, N, 1, 1), or None where all are kept."""
+        """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
         if not self.has_drop_path or not self.training:
             return None
         kept = self.drop_path(torch.ones(x.shape[0] * self.segments, 1, 1, 1, device=x.device, dtype=x.dtype))
-        return kept.view(-1, self.segments, 1, 1).repeat_interleave(self.channels // self.segments, 1)
+        return kept.view(-1, self.segments, 1, 1)
 
     @torch.jit.ignore
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
@@ -342,21 +342,20 @@ class ConvNorm(nn.Module):
                 self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
         return norm_unit(self.bn, conv_unit(self.conv, x, start, stop), start, stop)
 
+    def is_fusible(self) -> bool:
+        """Whether ordered_update has what the norm does: a plain, frozen (torchvision) or folded BatchNorm."""
+        norm = self.bn
+        if type(norm) is nn.Identity:
+            return True
+        plain = type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
+        return self.conv.bias is None and (plain or _is_torchvision_frozen(norm))
 
-    def fused_params(self) -> Optional[Tuple[torch.Tensor, ...]]:
-        """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them.
-
-        None for norms other than plain, frozen (torchvision) and no BatchNorm.
-        """
+    def fused_params(self) -> Tuple[torch.Tensor, ...]:
+        """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them."""
         weight, norm = self.conv.weight, self.bn
         none = weight.new_empty(0)
         if type(norm) is nn.Identity:
             return weight, none, none if self.conv.bias is None else self.conv.bias, none, none
-        if self.conv.bias is not None:
-            return None
-        if not _is_torchvision_frozen(norm) and (
-                type(norm) is not nn.BatchNorm2d or norm.track_running_stats != (norm.running_mean is not None)):
-            return None
         gamma = weight.new_ones(weight.shape[0]) if norm.weight is None else norm.weight
         beta = weight.new_zeros(weight.shape[0]) if norm.bias is None else norm.bias
         if takes_batch_stats(norm):
