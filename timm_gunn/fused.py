@@ -21,7 +21,7 @@ the norms, activations and narrow 1x1 convolutions make of these is computed aga
 `GunnLayer` chooses between this operator and the composite of its modules, which is the reference.
 """
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -336,15 +336,16 @@ class _Layer:
         g = self.g[:, columns].clone(memory_format=torch.contiguous_format)
         state = self.y[:, columns].clone(memory_format=torch.contiguous_format)
         sent = [self._buffer(f'sent {k}', len(self.weights[k]) // self.segments * count) for k in self.readers]
-        unit_sent = list(zip(*(d.chunk(count, 1) for d in sent), strict=True))
         for i in reversed(range(start, stop)):
             own = self._columns(i - start, i - start + 1)
             received = self._buffer('received', self.width).copy_(g[:, own])
             if not self.residual:
                 g[:, own].zero_()
-            self._unit_backward(i, received, unit_sent[i - start])
+            unit_sent = self._unit_backward(i, received)
             state[:, own].copy_(self.x[:, self._columns(i, i + 1)])
-            self._send(i, i + 1, unit_sent[i - start], columns, g, state)
+            self._send(i, i + 1, unit_sent, columns, g, state)
+            for whole, d in zip(sent, unit_sent, strict=True):
+                whole.chunk(count, 1)[i - start].copy_(d)
         self.g[:, columns] = g
         return sent
 
@@ -352,7 +353,7 @@ class _Layer:
             self,
             start: int,
             stop: int,
-            sent: Sequence[torch.Tensor],
+            sent: List[torch.Tensor],
             columns: slice,
             g: Optional[torch.Tensor],
             state: torch.Tensor,
@@ -365,15 +366,15 @@ class _Layer:
             if self.grads.wanted(k):
                 torch.mm(d.t(), state, out=self.grads.grads[k][rows, columns])
 
-    def _unit_backward(self, i: int, received: torch.Tensor, sent: Sequence[torch.Tensor]) -> None:
-        """Write the gradients of what unit i's convolutions read from the state; `received` is that of its update."""
-        grads = self.grads
+    def _unit_backward(self, i: int, received: torch.Tensor) -> List[torch.Tensor]:
+        """Gradients of what unit i's convolutions read from the state, from that of its update."""
+        grads, sent = self.grads, []
         if self.kept is not None:
             self._scale_samples(received, i)
         count = len(self.saved) // self.segments
         saved = self.saved[i * count:(i + 1) * count]
         if len(self.readers) > 1:
-            sent[1].copy_(self.norms[-1].backward(i, received, saved[-1], self._buffer('grad_proj', self.width)))
+            sent.append(self.norms[-1].backward(i, received, saved[-1], self._buffer('grad_proj', self.width)))
         for k in reversed(range(0, 3 * self.depth, 3)):
             h1, h2 = saved[k // 3 * 2:k // 3 * 2 + 2]
             hidden = h1.shape[1]
@@ -388,13 +389,12 @@ class _Layer:
                 d, a, self.unit_weights[k + 1][i], self.map_shape, self.dilation, grads.wanted(k + 1))
             grads.put(k + 1, i, grad_weight)
             d = self.norms[k].backward(i, _relu_backward(d, a), h1, self._buffer('grad_hidden', hidden))
-            if k == 0:
-                sent[0].copy_(d)
-            else:
+            if k > 0:
                 # The input of this bottleneck is the output of the one before.
                 h = self._last(k - 1, i, self._activate(k - 2, i, saved[k // 3 * 2 - 1]))
                 grads.add_product(k, i, d, self.norms[k - 1].apply(i, h, self._buffer('update', self.width)))
                 received = d @ self.unit_weights[k][i]
+        return [d, *sent]
 
 
 class _Gradients:
