@@ -8,12 +8,13 @@
 
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:folded` (inference) a model
 with its norms folded by timm. Every round runs one step of each variant, one after the other, so that a drift of the
-machine's speed meets all of them; ratios are taken within a round. Times are medians over the rounds, with the
-interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
-momentum.
+machine's speed meets all of them, and every other round backwards; ratios are taken within a round. Times are medians
+over the rounds, with the interquartile range. A train step is the forward pass, the cross-entropy, the backward pass
+and SGD with Nesterov momentum.
 
 Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
 another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
+Products and convolutions of float32 may round to TF32 on a GPU.
 """
 import argparse
 import csv
@@ -59,18 +60,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--contiguous', action='store_true', help='instead of channels-last memory')
-    parser.add_argument('--compile', action='store_true', help='torch.compile with its default backend')
+    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
+                        help='torch.compile in this mode; reduce-overhead captures CUDA graphs (default: not compiled)')
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--csv', type=Path, help='append a row per variant to this file')
     parser.add_argument('--plots', type=Path, help='write plots into this folder (needs matplotlib)')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f'--rounds must be at least 1, got {args.rounds}')
+    if args.csv and args.csv.exists():
+        kind = 'gunn_seconds' if args.sweep else 'flops' if args.roofline else 'bench'
+        with open(args.csv, newline='') as f:
+            if kind not in next(csv.reader(f), []):
+                parser.error(f'--csv {args.csv} holds other columns than this kind of run writes; choose another file')
+    return args
 
 
 class Network:
     """A network of timm with what it takes to run one step of it."""
 
-    def __init__(self, spec: str, args: argparse.Namespace):
+    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
         name, _, kind = spec.partition(':')
         self.args, self.device = args, torch.device(args.device)
         self.model = timm.create_model(name, **({'fused': False} if kind == 'composite' else {}))
@@ -86,9 +96,11 @@ class Network:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-6, momentum=0.9, nesterov=True)
         self.facts = dict(
             params=sum(p.numel() for p in self.model.parameters()),
-            gmacs=counter.get_total_flops() / 2 / size[0] / 1e9,
-            saved_mib_per_image=saved_bytes(self.forward, self.model) / args.batch_size / 2 ** 20)
-        self.run = torch.compile(self.model) if args.compile else self.model
+            gmacs=counter.get_total_flops() / 2 / size[0] / 1e9, saved_mib_per_image=0.0)
+        if bench == 'train':  # only then: it would be the peak of inference
+            saved = saved_bytes(self.forward, self.model)
+            self.facts['saved_mib_per_image'] = saved / args.batch_size / 2 ** 20
+        self.run = torch.compile(self.model, mode=args.compile) if args.compile else self.model
 
     def forward(self) -> torch.Tensor:
         with autocast(self.args):
@@ -118,7 +130,7 @@ class SingleLayer:
         x = torch.randn(args.batch_size, channels, pixels, pixels, device=args.device)
         self.x = x.contiguous(memory_format=memory_format).requires_grad_()
         self.grad = torch.randn_like(self.x)
-        self.run = torch.compile(self.layer) if args.compile else self.layer
+        self.run = torch.compile(self.layer, mode=args.compile) if args.compile else self.layer
 
     def train(self) -> None:
         self.layer.zero_grad()
@@ -153,6 +165,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> 
 def serve(connection: Connection, build: Callable[[], Any], bench: str, device: str) -> None:
     """Time a step whenever one is asked for, in a process of its own; send what went wrong if something did."""
     cuda = device.startswith('cuda')
+    torch.set_float32_matmul_precision('high')  # as of cuDNN's convolutions
     try:
         variant = build()
         step = getattr(variant, bench)
@@ -165,7 +178,7 @@ def serve(connection: Connection, build: Callable[[], Any], bench: str, device: 
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         connection.send(peak / 2 ** 20)
     except Exception as e:
-        connection.send(e)
+        connection.send(f'{type(e).__name__}: {e}')
 
 
 def interleave(
@@ -178,32 +191,38 @@ def interleave(
     connections: Dict[str, Connection] = {}
 
     def receive(name: str) -> Any:  # noqa: ANN401 (a pipe carries anything)
-        message = connections[name].recv()
-        if isinstance(message, Exception):
-            raise SystemExit(f'benchmark: {name}: {type(message).__name__}: {message}')
+        try:
+            message = connections[name].recv()
+        except EOFError:
+            message = 'its process was killed, by lack of memory perhaps'
+        if isinstance(message, str):
+            raise SystemExit(f'benchmark: {name}: {message}')
         return message
 
-    facts, times = {}, {}
+    facts, times, processes = {}, {}, []
     for name, build in builders.items():
         connections[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, build, bench, args.device), daemon=True).start()
+        processes.append(context.Process(target=serve, args=(theirs, build, bench, args.device), daemon=True))
+        processes[-1].start()
         theirs.close()
         facts[name], times[name] = receive(name), []
     for r in range(args.warmup + args.rounds):
-        for name, connection in connections.items():
-            connection.send(True)
+        for name in list(connections)[::-1 if r % 2 else 1]:
+            connections[name].send(True)
             seconds = receive(name)
             if r >= args.warmup:
                 times[name].append(seconds)
     for name, connection in connections.items():
         connection.send(False)
         facts[name]['peak_mib'] = receive(name)
+    for process in processes:
+        process.join()
     return times, facts
 
 
 def spread(values: List[float], digits: int) -> str:
     """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, median, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return f'{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})'
 
 
@@ -245,9 +264,12 @@ def bench_models(args: argparse.Namespace) -> None:
         name, _, kind = spec.partition(':')
         if kind not in ('', 'composite', 'folded') or not timm.is_model(name):
             raise SystemExit(f'benchmark: expected NAME, NAME:composite or NAME:folded of a timm model, got {spec!r}.')
+    if args.bench == 'train' and all(':folded' in spec for spec in args.models):
+        raise SystemExit(f'benchmark: folded models are for inference, got --bench train of {args.models}.')
     rows = []
     for bench in ('train', 'inference') if args.bench == 'both' else (args.bench,):
-        builders = {s: partial(Network, s, args) for s in args.models if bench == 'inference' or ':folded' not in s}
+        builders = {
+            s: partial(Network, s, bench, args) for s in args.models if bench == 'inference' or ':folded' not in s}
         times, facts = interleave(builders, bench, args)
         passes = 3 if bench == 'train' else 1
         print(f'\n{bench}: {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
@@ -256,20 +278,18 @@ def bench_models(args: argparse.Namespace) -> None:
         for spec, seconds in times.items():
             median = statistics.median(seconds)
             ratio = ratios(seconds, times[reference]) if reference in times else None
-            if bench == 'inference':
-                facts[spec]['saved_mib_per_image'] = 0.0
             fact = facts[spec]
             print(f'| `{spec}` | {spread([1e3 * s for s in seconds], 0)} | {spread(ratio, 2) if ratio else ""} | '
                   f'{args.batch_size / median:.4g} | {passes * fact["gmacs"] * args.batch_size / median:.4g} | '
                   f'{fact["saved_mib_per_image"]:.1f} | {fact["peak_mib"]:.0f} |')
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
-                compile=args.compile, contiguous=args.contiguous, rounds=args.rounds, seconds=median,
+                compile=args.compile or '', contiguous=args.contiguous, rounds=args.rounds, seconds=median,
                 seconds_min=min(seconds), seconds_max=max(seconds), reference=reference,
                 ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
     write_csv(args.csv, rows)
     if args.plots:
-        plot_models([r for r in rows if r['bench'] == 'train'], args.plots)
+        plot_models(rows, args.plots)
 
 
 def bench_sweep(args: argparse.Namespace) -> None:
@@ -279,6 +299,8 @@ def bench_sweep(args: argparse.Namespace) -> None:
         if not channels.isdigit() or not pixels.isdigit():
             raise SystemExit(f"benchmark: --sweep takes CHANNELSxPIXELS such as 400x56, got {spec!r}.")
         sizes.append((int(channels), int(pixels)))
+        if int(channels) < 4 or int(pixels) < 1:
+            raise SystemExit(f'benchmark: --sweep takes at least 4 channels and 1 pixel, got {spec!r}.')
         for segments in args.segments or []:
             if segments < 1 or int(channels) % segments:
                 raise SystemExit(f'benchmark: --segments must divide the {channels} channels, got {segments}.')
@@ -295,7 +317,7 @@ def bench_sweep(args: argparse.Namespace) -> None:
                   f'{spread([1e3 * s for s in times["SUNN"]], 0)} | {spread(ratio, 2)} |', flush=True)
             rows.append(dict(
                 channels=channels, pixels=pixels, segments=segments, batch_size=args.batch_size, dtype=args.dtype,
-                compile=args.compile, contiguous=args.contiguous, rounds=args.rounds,
+                compile=args.compile or '', contiguous=args.contiguous, rounds=args.rounds,
                 gunn_seconds=statistics.median(times['GUNN']), sunn_seconds=statistics.median(times['SUNN']),
                 ratio=statistics.median(ratio), gunn_peak_mib=facts['GUNN']['peak_mib'],
                 sunn_peak_mib=facts['SUNN']['peak_mib'], **machine(args)))
@@ -326,7 +348,8 @@ def bench_roofline(args: argparse.Namespace) -> None:
         flops, num_bytes = layer_work(layer, args.batch_size * pixels ** 2, 4 if args.dtype == 'float32' else 2)
         config = dict(
             channels=layer.channels, segments=layer.segments, pixels=pixels, expansion=layer.units[0].conv1.rows
-            * layer.segments // layer.channels, depth=len(layer.units), shortcut=layer.proj is not None)
+            * layer.segments // layer.channels, depth=len(layer.units), shortcut=layer.proj is not None,
+            residual=layer.residual)
         times, _ = interleave({'layer': partial(SingleLayer, **config, ordered=True, args=args)}, 'train', args)
         by_flops, by_bytes = 1e3 * flops / flops_per_second, 1e3 * num_bytes / bytes_per_second
         bound = 'operations' if by_flops > by_bytes else 'bytes'
@@ -346,23 +369,30 @@ def bench_roofline(args: argparse.Namespace) -> None:
 def layer_work(layer: GunnLayer, rows: int, itemsize: int) -> Tuple[float, float]:
     """FLOPs of a train step, without what is computed again, and bytes that pass between memory and the operations.
 
-    Every operation of fused.py is taken to read its operands and write its result once, in matrices of `rows` rows; the
-    products that a block of b segments shares read or write the state once per block. Weights are left out.
+    Every operation of fused.py is taken to read its operands from memory and to write its result there, in matrices of
+    `rows` rows. Caches, in which the matrices of a unit may stay, make it less.
     """
     n, p, depth = layer.channels, layer.segments, len(layer.units)
     e, o = layer.units[0].conv1.rows, n // p
-    forward_block, backward_block = (max(1, columns // o) for columns in (fused.FORWARD_BLOCK, fused.BACKWARD_BLOCK))
+    forward_block, backward_block = (
+        min(p, max(1, columns // o)) for columns in (fused.FORWARD_BLOCK, fused.BACKWARD_BLOCK))
     # Of each of a bottleneck's two hidden matrices. Forward: written by its convolution, statistics, norm (read and
     # write), ReLU (the same), read by the next convolution. Again: norm, ReLU. Backward: the next convolution reads it
     # and writes its gradient, ReLU (3), norm (2 for the sums, 3), read twice by its own convolution's gradients.
     hidden = (1 + 1 + 2 + 2 + 1) + (2 + 2) + (2 + 3 + 5 + 2)
     # Of a bottleneck's output: the same without ReLU, and the sum with the segment (3) or the copy of its gradient.
     narrow = (1 + 1 + 2 + 3) + 1 + (2 + 5 + 2)
-    # Of the state: read forward; read backward, and G read and written.
-    state = n / forward_block + 3 * n / backward_block
-    per_unit = state + depth * (2 * hidden * e + narrow * o) + (0 if layer.proj is None else narrow * o)
-    flops = 6 * rows * sum(c.conv.weight.numel() for c in layer._conv_norms())
-    return float(flops), float(rows * p * per_unit * itemsize)
+    # Of the state: read forward, once per block. Backward, within the block of every unit and outside of it once per
+    # block: read, and G read and written.
+    block = backward_block * o
+    state = n / forward_block + 3 * block + 3 * (n - block) / backward_block
+    # Forward in a block: what has changed is read, h read and written. Backward: the gradient of h is copied, and read
+    # by four products. A segment of x, y and G is copied six times.
+    sums = ((forward_block - 1) / 2 * o + 2 * e if forward_block > 1 else 0) + (2 + 4) * e + 12 * o
+    readers = 1 if layer.proj is None else 1 + o / e
+    per_unit = state + sums * readers + depth * (2 * hidden * e + narrow * o) + (readers > 1) * narrow * o
+    weights = sum(c.conv.weight.numel() for c in layer._conv_norms())  # read twice, and their gradients written
+    return 6.0 * rows * weights, float((rows * p * per_unit + 3 * weights) * itemsize)
 
 
 def peaks(args: argparse.Namespace) -> Tuple[float, float]:
@@ -393,6 +423,9 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def plot_models(rows: List[Dict[str, object]], folder: Path) -> None:
+    rows = [r for r in rows if r['bench'] == 'train']
+    if not rows:
+        return
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -430,6 +463,7 @@ def save(fig, path: Path) -> None:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision('high')
     print(', '.join(f'{k} {v}' for k, v in machine(args).items()))
     (bench_sweep if args.sweep else bench_roofline if args.roofline else bench_models)(args)
 

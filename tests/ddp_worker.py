@@ -3,6 +3,7 @@
 Imports timm alone: the networks must be found in every process.
 """
 import copy
+import logging
 import sys
 
 import timm
@@ -40,6 +41,12 @@ def check_synchronised(name: str, rank: int, size: int) -> None:
 
 def check_paths(name: str, rank: int) -> None:
     """The fused operator gives what the composite gives, over micro-batches with and without communication."""
+    refusals = []
+    handler = logging.Handler()
+    handler.emit = refusals.append
+    logger = logging.getLogger('timm_gunn.layer')
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
     ddps = [DistributedDataParallel(network(name, fused=fused)) for fused in (True, False)]
     torch.manual_seed(rank)
     batches = torch.randn(3, 4, 3, 32, 32, dtype=torch.float64)
@@ -48,6 +55,7 @@ def check_paths(name: str, rank: int) -> None:
             for x in batches[:2]:
                 ddp(x).square().mean().backward()
         ddp(batches[2]).square().mean().backward()
+    assert not refusals, refusals  # what the fused layers log when they are not
     fused, composite = (ddp.module for ddp in ddps)
     for (n, p), q in zip(fused.named_parameters(), composite.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=n: f'{name} {n}: {m}')

@@ -4,6 +4,7 @@ import logging
 import random
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from test_layer import assert_same, make_pair
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_gunn.fused
 from timm_gunn import Gunn, GunnLayer
 
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+DEVICES = ['cpu', pytest.param('cuda', marks=CUDA)]
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -42,6 +45,12 @@ def both_paths(layer, *args, **kwargs):
     composite = copy.deepcopy(layer)
     composite.fused = False
     return fused, run(composite, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """CUDA convolutions of float32 round to TF32 unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
 
 @pytest.fixture(params=['cpu', 'library'])
@@ -87,14 +96,25 @@ def test_gradcheck(residual):
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-@pytest.mark.parametrize('shortcut', [True, False])
-def test_opcheck(shortcut, training):
+@pytest.mark.parametrize(('shortcut', 'kind'), [
+    (True, ''), (False, ''), (True, 'folded'), (False, 'drop path'), (False, 'channels_last bfloat16'),
+    (True, 'blocks of one')])
+def test_opcheck(shortcut, kind, training, monkeypatch):
+    if kind == 'blocks of one':
+        monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', 1)
+        monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 1)
     layer = make_layer(6, 3, 2, shortcut=shortcut).train(training)
+    if kind == 'folded':
+        layer = timm.utils.reparameterize_model(layer)
     params = [t for c in layer._conv_norms() for t in c.fused_params()]
     params = [t.detach().clone().requires_grad_(t.requires_grad) for t in params]
-    x = torch.randn(2, 6, 4, 3, requires_grad=True)
+    x = torch.randn(2, 6, 4, 3)
+    if kind == 'channels_last bfloat16':
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
     n = len(params) // 5
-    args = x, params, None, [1e-5] * n, 3, 1, True, torch.float32
+    kept = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]) if kind == 'drop path' else None
+    args = x, params, kept, [1e-5] * n, 3, 1, True, torch.bfloat16 if 'bfloat16' in kind else torch.float32
     torch.library.opcheck(timm_gunn.fused.ordered_update, (*args, True))
     no_grad = x.detach(), [t.detach() for t in params], torch.ones(2, 3), *args[3:], False
     torch.library.opcheck(timm_gunn.fused.ordered_update, no_grad)
@@ -105,9 +125,9 @@ def test_opcheck(shortcut, training):
         if batch:
             params[5 * k + 3:5 * k + 5] = stats[2 * k:2 * k + 2]
     detach = lambda ts: [t.detach() for t in ts]  # noqa: E731
-    needs = [True] + [k % 5 < 3 for k in range(len(params))]
+    needs = [True] + [k % 5 < 3 and t.numel() > 0 for k, t in enumerate(params)]
     tensors = torch.randn_like(x), x.detach(), y.detach(), detach(params), detach(saved)
-    torch.library.opcheck(timm_gunn.fused.ordered_update_backward, (*tensors, batch_stats, needs, None, *args[3:]))
+    torch.library.opcheck(timm_gunn.fused.ordered_update_backward, (*tensors, batch_stats, needs, *args[2:]))
 
 
 LOW_PRECISION = {
@@ -126,16 +146,19 @@ def low_precision_errors(layer, x, w, param_dtype, autocast):
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('residual', [True, False])
 @pytest.mark.parametrize('kind', LOW_PRECISION)
-def test_low_precision_is_as_precise_as_the_composite(kind, residual, training):
-    """No error above twice the composite's, with as many segments as blocks and halvings need to show.
+@pytest.mark.parametrize('device', DEVICES)
+def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, training, monkeypatch):
+    """No error above twice the composite's, in blocks of several segments.
 
     There are enough values for the errors not to hang on a few that are rounded to the other side of a ReLU.
     """
+    monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', 12)
+    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 20)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
     layer(2 * torch.randn(8, 64, 8, 8))  # statistics that are near those of x, but others
-    layer.train(training)
-    x, w = torch.randn(2, 16, 64, 16, 16).bfloat16().float()
+    layer.train(training).to(device)
+    x, w = torch.randn(2, 16, 64, 16, 16).bfloat16().float().to(device)
     fused, composite = low_precision_errors(layer, x, w, *LOW_PRECISION[kind])
     for name, f, c in zip(['y', 'x', *dict(layer.named_parameters())], fused, composite, strict=True):
         assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
@@ -143,12 +166,13 @@ def test_low_precision_is_as_precise_as_the_composite(kind, residual, training):
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('residual', [True, False])
-def test_float32(residual, training, norm_kernels):
+@pytest.mark.parametrize('device', DEVICES)
+def test_float32(device, residual, training, norm_kernels):
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
     layer(2 * torch.randn(8, 64, 8, 8))
-    layer.train(training)
-    x, w = torch.randn(2, 4, 64, 16, 16)
+    layer.train(training).to(device)
+    x, w = torch.randn(2, 4, 64, 16, 16).to(device)
     exact = run(copy.deepcopy(layer).double(), x.double(), w.double())
     for name, f, e in zip(['y', 'x', *dict(layer.named_parameters())], run(layer, x, w), exact, strict=True):
         assert (f - e).norm() < 1e-5 * e.norm(), name
@@ -163,6 +187,25 @@ def test_float32_input_under_autocast_keeps_its_residual():
     assert fused[0].dtype == fused[1].dtype == torch.float32
     for f, c, e in zip(fused, composite, exact, strict=True):
         assert (f - e).square().mean() <= 4 * (c - e).square().mean()
+
+
+@pytest.mark.parametrize('residual', [True, False])
+@pytest.mark.parametrize('input_dtype', [torch.float32, torch.bfloat16])
+def test_dtype_under_autocast_is_that_of_the_composite(input_dtype, residual):
+    x = torch.randn(2, 12, 4, 4, dtype=input_dtype)
+    fused, composite = both_paths(make_layer(12, 3, residual=residual), x, dtype=torch.bfloat16)
+    for f, c in zip(fused, composite, strict=True):
+        assert f.dtype == c.dtype
+
+
+def test_dilated_bfloat16():
+    """Sizes for which torch's gradient of the weight is NaN in channels-last memory (CPU, torch 2.15)."""
+    torch.manual_seed(0)
+    layer = make_layer(40, 4, dilation=2)
+    x, w = torch.randn(2, 1, 40, 32, 48).bfloat16().float()
+    fused, composite = low_precision_errors(layer, x, w, torch.bfloat16, None)
+    for name, f, c in zip(['y', 'x', *dict(layer.named_parameters())], fused, composite, strict=True):
+        assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
@@ -255,7 +298,8 @@ def backward_products(layer, x):
     op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
     y, saved = op.forward(x, True)
     for k, norm in enumerate(op.norms):
-        params[5 * k + 3:5 * k + 5] = norm.batch_statistics()
+        if norm.batch:
+            params[5 * k + 3:5 * k + 5] = norm.batch_statistics()
     op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
     with Products() as products:
         op.backward(torch.ones_like(y), x, y, params, saved, needs)
@@ -274,6 +318,18 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
     for p in layer.parameters():
         p.requires_grad_(False)
     assert backward_products(layer, x) == conv1 + conv2 + 2 * conv3
+
+
+@pytest.mark.parametrize('norm_trained', [True, False])
+def test_no_work_for_gradients_of_frozen_bottlenecks(norm_trained, norm_kernels):
+    """With fixed statistics, outputs of the last convolutions are wanted for the gradients of the norms' gammas."""
+    layer = make_layer(32, 4, 2, 2).eval()
+    for name, p in layer.named_parameters():
+        p.requires_grad_(norm_trained and 'bn' in name)
+    x = torch.randn(2, 32, 6, 6, requires_grad=True)
+    conv1, inner, conv2, conv3 = (72 * v for v in (32 * 64, 8 * 64, 9 * 64 * 16, 64 * 8))
+    # For the inputs, once each; conv3 of both bottlenecks again.
+    assert backward_products(layer, x) == conv1 + inner + 2 * conv2 + 2 * conv3 * (1 + norm_trained)
 
 
 def test_double_backward_is_an_error():
@@ -353,6 +409,20 @@ def test_compiles_to_one_graph_that_does_not_grow_with_segments(training):
 
 
 @no_fused_compilation
+def test_compiles_with_dynamic_sizes():
+    torch.manual_seed(0)
+    layer = make_layer(24, 4).double()
+    expected = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True, dynamic=True)
+    for shape in ((2, 24, 4, 6), (3, 24, 5, 7), (1, 24, 9, 2)):
+        x = torch.randn(shape, dtype=torch.float64)
+        with torch._dynamo.config.patch(error_on_recompile=shape[0] == 3):
+            for a, b in zip(run(compiled, x), run(expected, x), strict=True):
+                assert_close(a, b)
+
+
+@no_fused_compilation
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_compiles_under_autocast(training):
     torch.manual_seed(0)
@@ -365,13 +435,29 @@ def test_compiles_under_autocast(training):
     assert_close(layer.state_dict(), expected.state_dict())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_cuda_graph(training):
+    """A captured step, replayed on other values, gives what the layer gives without capture."""
+    torch.manual_seed(0)
+    layer = make_layer(64, 8, shortcut=True).cuda().train(training)
+    expected = copy.deepcopy(layer)
+    x, other = torch.randn(2, 4, 64, 8, 8, device='cuda')
+    state = copy.deepcopy(layer.state_dict())
+    captured = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
+    layer.load_state_dict(state)  # warm-up and capture have moved the running statistics
+    for a, b in zip(run(captured, other), run(expected, other), strict=True):
+        assert_close(a, b)
+    assert_close(layer.state_dict(), expected.state_dict())
+
+
 def mib_per_image(model, size=224):
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     return saved_bytes(model.to(memory_format=torch.channels_last), x)[0] / 2 / 2 ** 20
 
 
 def test_saved_memory_of_gunn18():
-    import timm
     gunn18, sunn18 = timm.create_model('gunn18'), timm.create_model('sunn18')
     fused = mib_per_image(gunn18)
     assert fused < 75

@@ -199,7 +199,6 @@ class _Layer:
             for k, e in enumerate(eps)]
         self.readers = _readers(len(eps))
         self.kept = None if kept is None else kept.to(dtype).view(batch, 1, segments)
-
         self.width = channels // segments
 
     def _buffer(self, name: str, channels: int) -> torch.Tensor:
@@ -379,8 +378,8 @@ class _Layer:
             h1, h2 = saved[k // 3 * 2:k // 3 * 2 + 2]
             hidden = h1.shape[1]
             a = self._activate(k + 1, i, h2)
-            d = self.norms[k + 2].backward(
-                i, received, self._last(k + 2, i, a), self._buffer('grad_last', self.width))
+            h = self._last(k + 2, i, a) if self.norms[k + 2].input_wanted else None
+            d = self.norms[k + 2].backward(i, received, h, self._buffer('grad_last', self.width))
             grads.add_product(k + 2, i, d, a)
             d = torch.mm(d, self.unit_weights[k + 2][i], out=self._buffer('grad_activation', hidden))
             d = self.norms[k + 1].backward(i, _relu_backward(d, a), h2, self._buffer('grad_hidden', hidden))
@@ -390,9 +389,10 @@ class _Layer:
             grads.put(k + 1, i, grad_weight)
             d = self.norms[k].backward(i, _relu_backward(d, a), h1, self._buffer('grad_hidden', hidden))
             if k > 0:
-                # The input of this bottleneck is the output of the one before.
-                h = self._last(k - 1, i, self._activate(k - 2, i, saved[k // 3 * 2 - 1]))
-                grads.add_product(k, i, d, self.norms[k - 1].apply(i, h, self._buffer('update', self.width)))
+                if grads.wanted(k):
+                    # The input of this bottleneck is the output of the one before.
+                    h = self._last(k - 1, i, self._activate(k - 2, i, saved[k // 3 * 2 - 1]))
+                    grads.add_product(k, i, d, self.norms[k - 1].apply(i, h, self._buffer('update', self.width)))
                 received = d @ self.unit_weights[k][i]
         return [d, *sent]
 
@@ -484,12 +484,19 @@ class _Norm:
         return aten.native_batch_norm(
             h, self.gammas[i], self.betas[i], self.means[i], self.variances[i], False, 0.0, self.eps)[0]
 
-    def backward(self, i: int, grad: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    @property
+    def input_wanted(self) -> bool:
+        """Whether backward() reads h."""
+        return self.exists and (self.batch or self.affine_wanted)
+
+    def backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         """Gradient of h from that of apply(i, h); keeps those of gamma and beta, if they are wanted."""
         if not self.exists:
             if self.affine_wanted:
                 self.grad_betas[i] = grad.sum(0)
             return grad
+        if not self.input_wanted:
+            return out.copy_(grad * (self.gammas[i] * self.inv_stds[i]))
         wanted = self.affine_wanted
         grad_h, self.grad_gammas[i], self.grad_betas[i] = aten.native_batch_norm_backward(
             grad, h, self.gammas[i], self.means[i], self.variances[i], self.means[i], self.inv_stds[i], self.batch,
@@ -561,11 +568,12 @@ class _CpuNorm(_Norm):
         return aten.native_batch_norm(
             self._wide(h), self.scales[i], self.shifts[i], self.zeros, self.ones, False, 0.0, 0.0)[0].view_as(h)
 
-    def backward(self, i: int, grad: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         if not self.exists:
             return super().backward(i, grad, h, out)
-        wide_grad, wide_h = self._wide(grad), self._wide(h)
-        if self.affine_wanted or self.batch:
+        wide_grad = self._wide(grad)
+        if self.input_wanted:
+            wide_h = self._wide(h)
             _, grad_gamma, grad_beta = aten.native_batch_norm_backward(
                 wide_grad, wide_h, None, self.wide_means[i], self.wide_variances[i], None, None, False, self.eps,
                 [False, True, True])
@@ -653,10 +661,14 @@ def _conv3x3(x, weight, bias, shape, dilation) -> torch.Tensor:
 
 
 def _conv3x3_backward(grad, x, weight, shape, dilation, weight_wanted) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    grad, x = _map(grad, shape), _map(x, shape)
+    if dilation > 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
+        # In channels-last memory, torch 2.15 gives NaN as the gradient of some such weights.
+        grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x, grad_weight, _ = aten.convolution_backward(
-        _map(grad, shape), _map(x, shape), weight, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1,
+        grad, x, weight, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1,
         [True, weight_wanted, False])
-    return _matrix(grad_x), grad_weight
+    return _matrix(grad_x.contiguous(memory_format=torch.channels_last)), grad_weight
 
 
 def _relu_backward(grad: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -164,11 +164,13 @@ class GunnLayer(nn.Module):
     def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         convs = self._conv_norms()
         params = [t for c in convs for t in c.fused_params()]
-        kept = self._kept(x)
+        kept, dtype = self._kept(x), _compute_dtype(x)
+        if not self.residual:  # nothing of x but what the convolutions read
+            x = x.to(dtype)
         y, stats, _ = ordered_update(
             x, params, None if kept is None else kept.flatten(1),
             [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.units[0].conv2.conv.dilation[0],
-            self.residual, _compute_dtype(x),
+            self.residual, dtype,
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
         for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=True):
