@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from test_layer import assert_same, make_pair
-from test_models import saved_bytes
+from test_models import composite_of, saved_bytes
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,10 +41,7 @@ def run(layer, x, w=None, **autocast):
 
 
 def both_paths(layer, *args, **kwargs):
-    fused = run(layer, *args, **kwargs)
-    composite = copy.deepcopy(layer)
-    composite.fused = False
-    return fused, run(composite, *args, **kwargs)
+    return run(layer, *args, **kwargs), run(composite_of(layer), *args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -243,10 +240,7 @@ def test_fifty_steps_of_training():
             losses.append(loss.item())
         return losses
 
-    composite = copy.deepcopy(model)
-    for m in composite.modules():
-        if isinstance(m, GunnLayer):
-            m.fused = False
+    composite = composite_of(model)
     losses = train(model)
     assert_close(losses, train(composite), rtol=1e-8, atol=1e-8)
     assert_close(model.state_dict(), composite.state_dict(), rtol=1e-6, atol=1e-8)

@@ -302,6 +302,15 @@ def test_group_matcher(name):
 
 # --- Training ---
 
+def composite_of(model):
+    """A copy that computes its ordered layers by their modules."""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, GunnLayer):
+            m.fused = False
+    return model
+
+
 def saved_bytes(model, x):
     """Bytes that autograd keeps for the backward pass of model(x), each storage once, without parameters and input."""
     known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
@@ -347,13 +356,16 @@ def test_grad_checkpointing(name, features_only, reentrant):
 
 
 @pytest.mark.parametrize('features_only', [False, True])
-@pytest.mark.parametrize('name', ['gunn18', 'sunn18', 'gunn15'])
-def test_grad_checkpointing_keeps_less(name, features_only):
-    model = timm.create_model(name, features_only=features_only)
+@pytest.mark.parametrize(('name', 'kwargs', 'factor'), [
+    ('gunn18', dict(fused=False), 5), ('sunn18', {}, 5), ('gunn15', dict(fused=False), 5),
+    # The operator has less to spare: it does not keep what can be computed again anyway.
+    ('gunn18', {}, 3), ('gunn15', {}, 3)])
+def test_grad_checkpointing_keeps_less(name, kwargs, factor, features_only):
+    model = timm.create_model(name, features_only=features_only, **kwargs)
     x = torch.randn(1, 3, 64, 64)
     plain, _ = saved_bytes(model, x)
     model.set_grad_checkpointing()
-    assert saved_bytes(model, x)[0] < plain / 3
+    assert saved_bytes(model, x)[0] < plain / factor
     model.set_grad_checkpointing(False)
     assert saved_bytes(model, x)[0] == plain
 
@@ -444,11 +456,12 @@ def test_compile_with_grad_checkpointing():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_torchscript(name):
-    model = randomise(small(name, fused=False))
+    model = randomise(small(name))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.jit is deprecated
         scripted = torch.jit.script(copy.deepcopy(model))
         traced = torch.jit.trace(copy.deepcopy(model).eval(), torch.randn(1, 3, 32, 32))
+    model = composite_of(model)  # what TorchScript takes of it, so that the rounding is the same
     x = torch.randn(2, 3, 40, 32)
     assert_close(traced(x), copy.deepcopy(model).eval()(x), rtol=1e-4, atol=1e-5)
     grads, buffers = train_step(model, x)
@@ -525,13 +538,9 @@ def test_reparameterize(name, convert, fused):
 
 def test_reparameterized_network_can_be_trained():
     folded = timm.utils.reparameterize_model(randomise(small('gunn15'))).double()
-    composite = copy.deepcopy(folded)
-    for m in composite.modules():
-        if isinstance(m, GunnLayer):
-            m.fused = False
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    grads, _ = train_step(folded, x)
-    assert_close(grads, train_step(composite, x)[0], rtol=1e-8, atol=1e-8)
+    expected, _ = train_step(composite_of(folded), x)
+    assert_close(train_step(folded, x)[0], expected, rtol=1e-8, atol=1e-8)
 
 
 def test_reparameterize_leaves_what_it_cannot_fold():

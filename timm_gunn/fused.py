@@ -401,30 +401,26 @@ class _Gradients:
     """Gradients of stacked weights, gammas and betas, filled unit by unit; those not needed stay empty."""
 
     def __init__(self, params, needs, weights, norms, segments):
-        self.params, self.needs, self.norms, self.segments = params, needs, norms, segments
+        self.params, self.needs, self.norms = params, needs, norms
         for k, norm in enumerate(norms):
             norm.affine_wanted = needs[5 * k + 1] or needs[5 * k + 2]
         # In the dtype of the products, as matrices where the weights are.
         self.whole = [
             torch.empty_like(params[5 * k], dtype=w.dtype) if needs[5 * k] else None for k, w in enumerate(weights)]
         self.grads = [t if t is None else t.view(w.shape) for t, w in zip(self.whole, weights, strict=True)]
+        self.unit_grads = [t if t is None else t.chunk(segments) for t in self.grads]
 
     def wanted(self, k: int) -> bool:
         return self.needs[5 * k]
 
-    def rows(self, k: int, start: int, stop: int) -> torch.Tensor:
-        """Rows of units [start, stop) in the gradient of a weight."""
-        width = len(self.grads[k]) // self.segments
-        return self.grads[k][start * width:stop * width]
-
     def add_product(self, k: int, i: int, d: torch.Tensor, t: torch.Tensor) -> None:
         """Write unit i's weight gradient: d^T t."""
         if self.wanted(k):
-            torch.mm(d.t(), t, out=self.rows(k, i, i + 1))
+            torch.mm(d.t(), t, out=self.unit_grads[k][i])
 
     def put(self, k: int, i: int, grad: Optional[torch.Tensor]) -> None:
         if self.wanted(k):
-            self.rows(k, i, i + 1).copy_(grad)
+            self.unit_grads[k][i].copy_(grad)
 
     def collect(self) -> List[torch.Tensor]:
         """In the order and the dtypes of the parameters."""

@@ -349,8 +349,7 @@ class ConvNorm(nn.Module):
         norm = self.bn
         if type(norm) is nn.Identity:
             return True
-        plain = type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
-        return self.conv.bias is None and (plain or _is_torchvision_frozen(norm))
+        return self.conv.bias is None and (is_plain(norm) or _is_torchvision_frozen(norm))
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:
         """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them."""
@@ -426,6 +425,11 @@ def fold_norm(module: nn.Module) -> None:
     module.bn = nn.Identity()
 
 
+def is_plain(norm: nn.Module) -> bool:
+    """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them."""
+    return type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
+
+
 def _is_torchvision_frozen(norm: nn.Module) -> bool:
     return type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
 
@@ -456,7 +460,7 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     """
     if isinstance(norm, nn.Identity):
         return x
-    if type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None):
+    if is_plain(norm):
         return _batch_norm_unit(
             x, start, stop, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
             norm.training, norm.momentum, norm.eps)
