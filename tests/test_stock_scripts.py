@@ -122,10 +122,17 @@ def test_train_distributed(images, tmp_path, options):
     assert math.isfinite(float(summary(tmp_path)[0]['eval_loss']))
 
 
-def test_resume_after_a_kill(images, tmp_path):
-    """Killed after its second epoch and resumed, a run goes on with the losses of one that was left alone."""
+@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'composite'])
+def test_resume_after_a_kill(images, tmp_path, fused):
+    """Killed after its second epoch and resumed, a run goes through the losses of one that was left alone.
+
+    The resumed run has the images of its one batch in another order. To the composite, in contiguous memory, that is
+    the same. The fused layers compute in channels-last memory, where it changes the rounding, which a fresh network
+    amplifies from step to step: there, the losses before and after the first resumed step have to agree.
+    """
     def args(output):  # one batch of all images as they are, so that neither its content nor augmentation is random
-        return [*train_args(images, output, epochs=4, batch_size=16), '--no-aug', '--smoothing', 0]
+        return [*train_args(images, output, epochs=4, batch_size=16), '--no-aug', '--smoothing', 0,
+                '--model-kwargs', f'fused={fused}']
 
     run('train.py', *args(tmp_path / 'whole'))
     process = subprocess.Popen(
@@ -144,11 +151,9 @@ def test_resume_after_a_kill(images, tmp_path):
     resumed = summary(tmp_path / 'resumed')
     assert resumed[-1]['epoch'] == '3'
     assert len(resumed) in (2, 3)  # the kill may fall before the second epoch's checkpoint is complete
-    # The loss before and after the first resumed step: weights, statistics and momentum are those of the other run. The
-    # batch has another order, and from step to step a fresh network amplifies what rounding makes of that.
-    row = resumed[0]
-    for key in ('train_loss', 'eval_loss'):
-        assert float(row[key]) == pytest.approx(float(whole[row['epoch']][key]), rel=1e-3), (row, whole)
+    for row in resumed[:1] if fused else resumed:
+        for key in ('train_loss', 'eval_loss'):
+            assert float(row[key]) == pytest.approx(float(whole[row['epoch']][key]), rel=1e-3), (row, whole)
 
 
 @pytest.mark.parametrize(
