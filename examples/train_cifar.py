@@ -54,6 +54,10 @@ SETTINGS = (
     'model', 'model_kwargs', 'dataset', 'held_out', 'dtype', 'epochs', 'minutes', 'batch_size', 'lr', 'weight_decay',
     'momentum', 'schedule', 'cycles', 'smoothing', 'ema', 'shift', 'seed')
 
+RESULT_COLUMNS = [
+    'model', 'weights', 'data', 'images', 'recipe', 'epochs', 'seed', 'error', 'loss', 'minutes', 'hardware',
+    'versions', 'commit', 'command', 'file', 'sha256']
+
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,7 +166,7 @@ def load_folder(folder: Path) -> Tuple[Split, List[str]]:
         raise SystemExit(f'{folder}: no such folder; expected one with a subfolder of images per class')
     dataset = torchvision.datasets.ImageFolder(folder)
     images = []
-    for i, (path, _) in enumerate(tqdm(dataset.samples, desc=f'reading {folder}', unit='image')):
+    for i, (path, _) in enumerate(bar(dataset.samples, desc=f'reading {folder}', unit='image')):
         images.append(np.asarray(dataset[i][0]))
         if images[i].shape != images[0].shape:
             (w, h), (h0, w0) = images[i].shape[1::-1], images[0].shape[:2]
@@ -389,12 +393,15 @@ def train(run: Run, train: Split, test: Split) -> bool:
     start, before = time.perf_counter(), run.seconds
     saved = start
 
-    def save() -> None:
-        nonlocal saved
+    def check() -> None:
         if not math.isfinite(run.sums[0].item()):
             raise SystemExit(
                 f'the loss is not finite in epoch {len(run.history) + 1}; {output / "last.pth.tar"}, where there is '
                 'one, is from before. A lower --lr may help.')
+
+    def save() -> None:
+        nonlocal saved
+        check()
         saved = time.perf_counter()
         run.seconds = before + saved - start
         with replacing(output / 'last.pth.tar') as path:
@@ -417,10 +424,9 @@ def train(run: Run, train: Split, test: Split) -> bool:
                     return False
                 if now - saved > 60 * args.checkpoint_minutes and i + 1 < run.steps:
                     save()
+        check()
         if args.schedule == 'snapshot' and (epoch + 1) % (args.epochs // args.cycles) == 0:
             save_weights(run.model, snapshot_path(output, (epoch + 1) * args.cycles // args.epochs))
-        if not math.isfinite(run.sums[0].item()):
-            save()
         run.end_epoch(test)
         run.history[-1]['minutes'] = (before + time.perf_counter() - start) / 60
         if run.done or time.perf_counter() - saved > 60 * args.checkpoint_minutes:
@@ -460,11 +466,6 @@ def write_csv(path: Path, rows: List[Row]) -> None:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_csv(path: Path) -> List[Row]:
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
 
 
 def report(run: Run) -> None:
@@ -510,18 +511,27 @@ def finish(run: Run, test: Split, classes: List[str]) -> None:
             versions=', '.join(f'{k} {machine_row.pop(k)}' for k in ('torch', 'timm', 'timm_gunn', 'python')),
             commit=' '.join(run.commits), command=machine_row['command'], file=path.name,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        assert list(row) == RESULT_COLUMNS
         rows.append(row)
         print(f'{args.model}, {row["weights"]} weights, {args.epochs} epochs: {error:.2f} % error on '
               f'{len(test.labels)} images of {row["data"]}; {path}, sha256 {row["sha256"][:16]}')
     write_csv(args.output / 'result.csv', rows)
     if args.results is not None:
         hashes = [row['sha256'] for row in rows]  # a run that was killed here does not add its rows twice
-        old = [row for row in read_csv(args.results) if row['sha256'] not in hashes] if args.results.exists() else []
-        if old and list(old[0]) != list(rows[0]):
-            raise SystemExit(f'{args.results}: expected the columns {list(rows[0])}, got {list(old[0])}')
-        write_csv(args.results, old + rows)
+        write_csv(args.results, [row for row in read_results(args.results) if row['sha256'] not in hashes] + rows)
     if args.schedule == 'snapshot':
         write_csv(args.output / 'ensemble.csv', ensemble(run, test, len(classes)))
+
+
+def read_results(path: Path) -> List[Row]:
+    """Rows of a CSV of results, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline='') as f:
+        reader = csv.DictReader(f)
+        if reader.fieldnames != RESULT_COLUMNS:
+            raise SystemExit(f'{path}: expected the columns {RESULT_COLUMNS}, got {reader.fieldnames}')
+        return list(reader)
 
 
 def file_probabilities(run: Run, path: Path, test: Split, num_classes: int) -> torch.Tensor:
@@ -570,6 +580,8 @@ def commit() -> str:
 
 def main() -> None:
     args = parse_args()
+    if args.results is not None:
+        read_results(args.results)  # what is wrong with it had better be said before the training
     args.output.mkdir(parents=True, exist_ok=True)
     checkpoint = args.output / 'last.pth.tar'
     state = None

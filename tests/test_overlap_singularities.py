@@ -1,0 +1,154 @@
+"""Section 4 of the paper: what a collapsed pair of neurons does under gradient descent."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+EXAMPLES = Path(__file__).parent.parent / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+from overlap_singularities import CASES, Case, Layer, descend, distance, follow, losses, problem, segment_of
+
+SEEDS = 5
+
+
+def start(case, relu):
+    torch.manual_seed(0)
+    x, target, x_test = problem(relu, SEEDS)
+    return Layer(case, relu, SEEDS), x, target, x_test
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_forward_is_the_equation(case, relu):
+    """Neuron by neuron, seed by seed, image by image (Eq. 7 to 9)."""
+    layer, x, _, _ = start(case, relu)
+    for seed, image in ((0, 3), (4, 200)):
+        s = x[seed, image].clone()
+        first = 0
+        for length in case.segments:
+            before = s.clone()
+            for i in range(first, first + length):
+                if relu:
+                    update = layer.v[seed, i] @ (layer.U[seed, i] @ before).clamp_min(0)
+                else:
+                    update = layer.U[seed, i] @ before
+                s[i] = update + (before[i] if case.residual else 0)
+            first += length
+        y, out = layer(x)
+        assert_close(y[seed, image], s)
+        assert_close(out[seed, image], layer.A[seed] @ s)
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_pairs_start_collapsed_and_alive(case, relu):
+    layer, _, _, x_test = start(case, relu)
+    assert (distance(layer, x_test) > 0.1).all()
+    layer.collapse()
+    assert (distance(layer, x_test) < 1e-14).all()
+    y, _ = layer(x_test)
+    assert (y[..., case.pair[0]].std(1) > 0.1).all()
+
+
+PERSISTENT = [
+    ('plain', False), ('residual', False), ('segments of 3, pair in one', False), ('plain', True)]
+
+
+@pytest.mark.parametrize(('name', 'relu'), PERSISTENT)
+def test_collapse_persists_to_rounding(name, relu):
+    """Without an order between the two neurons, |c_i| > 1 included, and with equal readers."""
+    distances, _ = follow(CASES[name], relu, SEEDS, 0.02, [0, 1, 10, 100, 300])
+    assert (distances < 1e-11).all()
+
+
+def test_rounding_does_not_stay_small():
+    """The collapse of a linear network is a saddle: what rounding makes of it grows."""
+    distances, values = follow(CASES['plain'], False, SEEDS, 0.02, [0, 300, 3000])
+    assert (distances[1] < 1e-11).all()
+    assert (distances[2] > 1e-8).all()
+    assert (values < 0.45).all()
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('pair', [(p, q) for q in range(6) for p in range(q)], ids=str)
+def test_collapse_cannot_persist_in_order(pair, relu):
+    """For every pair in different segments, of length 1 and, where that separates them, 2 and 3: gone in one step."""
+    for segments in ((1,) * 6, (2, 2, 2), (3, 3)):
+        case = Case(segments, True, pair)
+        if segment_of(case, pair[0]) != segment_of(case, pair[1]):
+            distances, _ = follow(case, relu, SEEDS, 0.005, [0, 1, 100])
+            assert (distances[0] < 1e-14).all()
+            assert (distances[1] > 1e-3).all()
+            assert (distances[2] > 0.03).all()
+
+
+@pytest.mark.parametrize('name', ['gradual', 'gradual, neighbours', 'segments of 3, pair in two'])
+def test_pair_separates_at_the_predicted_speed(name):
+    """After a step of rate r, y_q - y_p = -r (dL/dw_q) s: the first row's gradient drops out, whatever it is."""
+    layer, x, target, x_test = start(CASES[name], False)
+    layer.collapse()
+    p, q = CASES[name].pair
+    grad = torch.autograd.grad(losses(layer, x, target).sum(), layer.U)[0][:, q]
+    y, _ = layer(x_test)
+    first = sum(CASES[name].segments[:segment_of(CASES[name], q)])
+    s = torch.cat([y[..., :first], x_test[..., first:]], -1)  # what neuron q reads
+    expected = -(s * grad[:, None]).sum(-1).detach()
+    rate = 1e-7
+    descend(layer, x, target, rate)
+    y, _ = layer(x_test)
+    assert_close((y[..., q] - y[..., p]).detach() / rate, expected, rtol=1e-4, atol=1e-4)
+    assert (expected.norm(dim=1) > 0.1).all()
+
+
+def test_the_exception():
+    """A collapse in the order stays for as long as the loss does not depend on y_q: then w_q has no gradient."""
+    case = Case((1,) * 6, True, (1, 5))
+    layer, x, target, x_test = start(case, False)
+    layer.collapse()
+    with torch.no_grad():
+        layer.A[..., 5] = 0
+    descend(layer, x, target, 0.02)  # changes the readout
+    assert (distance(layer, x_test) < 1e-14).all()
+    descend(layer, x, target, 0.02)
+    assert (distance(layer, x_test) > 1e-3).all()
+
+
+def test_residual_relu_separates_at_second_order():
+    """There, the collapsed neurons are not equal: the second step's gradients differ by what the first one changed."""
+    case, separation = CASES['residual'], []
+    for rate in (1e-4, 1e-5):
+        distances, _ = follow(case, True, SEEDS, rate, [0, 1])
+        separation.append(distances[1])
+    assert (separation[0] > 1e-10).all()
+    assert_close(separation[0] / separation[1], torch.full((SEEDS,), 100.0, dtype=torch.float64), rtol=0.1, atol=0)
+    # In the order it is of first order.
+    separation = [follow(CASES['gradual'], True, SEEDS, rate, [0, 1])[0][1] for rate in (1e-5, 1e-6)]
+    assert_close(separation[0] / separation[1], torch.full((SEEDS,), 10.0, dtype=torch.float64), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize('name', ['plain', 'segments of 3, pair in one'])
+def test_unequal_readers_separate_any_pair(name):
+    distances, _ = follow(CASES[f'{name}, unequal readers'], False, SEEDS, 0.02, [0, 1])
+    assert (distances[1] > 1e-3).all()
+
+
+def test_script(tmp_path):
+    script = [sys.executable, str(EXAMPLES / 'overlap_singularities.py')]
+    result = subprocess.run(
+        [*script, '--steps', '2', '--seeds', '2', '--output', str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    header, _, *body = result.stdout.splitlines()
+    assert header == '| network | step 0 | step 1 | step 2 | loss at the end |'
+    assert [line.split(' | ')[0] for line in body] == [
+        f'| {kind}, {name}' for kind in ('linear', 'ReLU') for name in CASES]
+    assert (tmp_path / 'overlap_singularities.png').read_bytes().startswith(b'\x89PNG')
+    result = subprocess.run([*script, '--lr', '0'], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert 'got 3000, 5 and 0.0' in result.stderr
+    result = subprocess.run([*script, '--lr', '10', '--steps', '99'], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert 'gradient descent diverges with --lr 10' in result.stderr

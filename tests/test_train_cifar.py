@@ -1,0 +1,506 @@
+"""The CIFAR trainer: schedules, augmentation, data, exact resumption, what it writes and what it says is wrong."""
+import csv
+import hashlib
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision.datasets
+from PIL import Image
+from torch.testing import assert_close
+
+EXAMPLES = Path(__file__).parent.parent / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import train_cifar
+from train_cifar import Run, augment, ensemble, load_data, make_scheduler, normalise, parse_args, replacing
+
+CLASSES, TRAIN, TEST = 3, 8, 4  # classes, and images of each
+
+
+def make_images(root, size=8, classes=CLASSES):
+    rng = np.random.default_rng(0)
+    for split, n in (('train', TRAIN), ('test', TEST)):
+        for c in range(classes):
+            folder = root / split / f'class{c}'
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 128, (size, size, 3)) + 127 * np.eye(3, dtype=int)[c]
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+def arguments(images, output, *options):
+    return ['--data-dir', str(images), '--output', str(output), '--device', 'cpu', '--batch-size', '8', *options]
+
+
+def command(images, output, *options):
+    return [sys.executable, str(EXAMPLES / 'train_cifar.py'), *arguments(images, output, *options)]
+
+
+def run(images, output, *options):
+    return subprocess.run(command(images, output, *options), capture_output=True, text=True, timeout=300)
+
+
+def rows(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def small_run(images, tmp_path, *options, seed=0):
+    args = parse_args(arguments(images, tmp_path, '--seed', str(seed), *options))
+    train, test, classes = load_data(args)
+    return Run(args, len(classes), len(train.labels)), train, test
+
+
+# --- Recipe ---
+
+def rates(schedule, epochs, steps, cycles=1, lr=0.1):
+    """Learning rate of every step, (epochs, steps)."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr)
+    scheduler = make_scheduler(optimizer, schedule, epochs, steps, cycles)
+    result = []
+    for _ in range(epochs * steps):
+        result.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        scheduler.step()
+    return torch.tensor(result, dtype=torch.float64).view(epochs, steps)
+
+
+def test_step_schedule_has_the_milestones_of_the_paper():
+    expected = torch.tensor([0.1] * 149 + [0.01] * 75 + [0.001] * 76, dtype=torch.float64)  # epochs 1, 2, ..., 300
+    assert_close(rates('step', 300, 3), expected[:, None].expand(300, 3))
+
+
+def test_snapshot_schedule_is_a_cyclic_cosine():
+    """Huang et al. 2017, Eq. 2."""
+    total, cycles = 24 * 5, 6
+    t = torch.arange(1, total + 1, dtype=torch.float64)
+    length = math.ceil(total / cycles)
+    expected = 0.1 / 2 * (torch.cos(math.pi * ((t - 1) % length) / length) + 1)
+    assert_close(rates('snapshot', 24, 5, cycles).flatten(), expected)
+
+
+def test_onecycle_schedule():
+    lr = rates('onecycle', 3, 20).flatten()
+    peak = lr.argmax()
+    assert_close(lr[peak].item(), 0.1)
+    assert lr[0] < 0.1 / 20
+    assert lr[-1] < 0.1 / 1e4
+    assert (lr.diff()[:peak] > 0).all()
+    assert (lr.diff()[peak:] < 0).all()
+
+
+def test_optimizer_is_that_of_the_paper(images, tmp_path):
+    run, _, _ = small_run(images, tmp_path)
+    group, = run.optimizer.param_groups  # weight decay on norms and biases, too
+    assert len(group['params']) == len(list(run.model.parameters()))
+    assert {k: group[k] for k in ('lr', 'momentum', 'dampening', 'nesterov', 'weight_decay')} == dict(
+        lr=0.1 * 8 / 64, momentum=0.9, dampening=0, nesterov=True, weight_decay=1e-4)
+
+
+def test_a_step_is_that_of_plain_pytorch(images, tmp_path):
+    run, train, _ = small_run(images, tmp_path, '--smoothing', '0.1', '--schedule', 'onecycle', '--ema', '0.75')
+    torch.manual_seed(0)
+    model = timm.create_model('gunn15', num_classes=CLASSES)
+    assert_close(dict(model.state_dict()), dict(run.model.state_dict()))
+    averages = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 1, 0.9, nesterov=True, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(v) / 255 for v in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
+    model.to(memory_format=torch.channels_last)
+    for lr in rates('onecycle', 300, 3, lr=0.1 * 8 / 64).flatten()[:2]:
+        x, labels = train.images[:8], train.labels[:8]
+        run.train_step(x, labels)
+        x = augment((x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), generator)
+        target = torch.full((8, CLASSES), 0.1 / CLASSES).scatter_(1, labels[:, None], 0.9 + 0.1 / CLASSES)
+        optimizer.param_groups[0]['lr'] = lr.item()
+        optimizer.zero_grad()
+        (-(target * model(x).log_softmax(1)).sum(1).mean()).backward()
+        optimizer.step()
+        averages = [0.75 * a + 0.25 * p.detach() for a, p in zip(averages, model.parameters(), strict=True)]
+    for k, v in model.state_dict().items():
+        assert_close(run.model.state_dict()[k], v, rtol=1e-3, atol=1e-5, msg=lambda m, k=k: f'{k}: {m}')
+    assert_close(list(run.ema.module.parameters()), averages, rtol=1e-3, atol=1e-5)
+
+
+# --- Augmentation ---
+
+def outcomes(image, shift, padding=4):
+    """Every image that augmentation may make of an image (H, W), with its probability, from the definition."""
+    height, width = image.shape
+    offsets = range(2 * padding + 1)
+    result = Counter()
+    for flipped, top, left in itertools.product((False, True), offsets, offsets):
+        padded = np.pad(image[:, ::-1] if flipped else image, padding)
+        crop = padded[top:top + height, left:left + width]
+        prob = 1 / 2 / len(offsets) ** 2
+        result[crop.tobytes()] += prob * (1 - shift)
+        for axis, size in enumerate(crop.shape):
+            for pixels in range(1, size + 1):
+                result[np.roll(crop, pixels, axis).tobytes()] += prob * shift / 2 / size
+    return result
+
+
+@pytest.mark.parametrize('shift', [2 / 3, 0.0, 1.0])
+def test_augmentation_is_what_its_definition_says(shift):
+    """Every outcome is possible, none else is, and their frequencies are those of the definition."""
+    image = np.arange(1, 31, dtype=np.float32).reshape(6, 5)
+    expected = outcomes(image, shift)
+    assert sum(expected.values()) == pytest.approx(1)
+    n, generator = 400_000, torch.Generator().manual_seed(0)
+    batch = torch.from_numpy(image).expand(n // 10, 3, 6, 5)
+    counts = Counter()
+    for _ in range(10):
+        result = augment(batch, generator, shift)
+        assert torch.equal(result[:, 0], result[:, 1])
+        assert torch.equal(result[:, 0], result[:, 2])
+        counts.update(x.tobytes() for x in result[:, 0].numpy())
+    assert counts.keys() == expected.keys()
+    chi2 = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in expected.items())
+    df = len(expected) - 1
+    assert abs(chi2 - df) < 5 * (2 * df) ** 0.5
+
+
+def test_augmentation_of_an_image_of_its_own():
+    """Images of a batch are drawn independently, and pad with the mean colour."""
+    x = normalise(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8), torch.rand(3), torch.rand(3) + 0.5)
+    result = augment(x, torch.Generator().manual_seed(0))
+    zeros = (result == 0).all(1).flatten(1).sum(1)
+    assert len(zeros.unique()) > 10
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- Data ---
+
+def test_held_out_images_are_training_images_not_trained_on(images, tmp_path):
+    whole, _, _ = load_data(parse_args(arguments(images, tmp_path)))
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'train').symlink_to(images / 'train')  # the test images are not there
+    train, held_out, classes = load_data(parse_args(arguments(tmp_path / 'data', tmp_path, '--held-out', '5')))
+    assert len(classes) == CLASSES
+    assert len(held_out.labels) == 5
+
+    def as_set(*splits):
+        return {(x.numpy().tobytes(), y.item()) for s in splits for x, y in zip(s.images, s.labels, strict=True)}
+
+    assert len(as_set(train)) + 5 == len(as_set(train, held_out)) == CLASSES * TRAIN
+    assert as_set(train, held_out) == as_set(whole)
+    args = parse_args(arguments(tmp_path / 'data', tmp_path, '--held-out', '5', '--seed', '9'))
+    assert as_set(load_data(args)[1]) == as_set(held_out)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_torchvision_format(name, tmp_path, monkeypatch):
+    """Files as torchvision keeps them, read by torchvision; their checksums are those of CIFAR otherwise."""
+    cls = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)[name]
+    num_classes = dict(cifar10=10, cifar100=100)[name]
+    folder = tmp_path / cls.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels, labels = [], []
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    for attribute in ('train_list', 'test_list'):
+        entries = []
+        for file, _ in getattr(cls, attribute):
+            data, target = rng.integers(0, 256, (4, 3072), dtype=np.uint8), rng.integers(0, num_classes, 4).tolist()
+            key = 'labels' if name == 'cifar10' else 'fine_labels'
+            entries.append([file, write(file, {'data': data, key: target})])
+            pixels.append(data)
+            labels += target
+        monkeypatch.setattr(cls, attribute, entries)
+    md5 = write(cls.meta['filename'], {cls.meta['key']: [f'c{i}' for i in range(num_classes)]})
+    monkeypatch.setattr(cls, 'meta', dict(cls.meta, md5=md5))
+
+    train, test, classes = load_data(parse_args(
+        ['--data-dir', str(tmp_path), '--dataset', name, '--batch-size', '2', '--device', 'cpu']))
+    assert len(classes) == num_classes
+    assert torch.cat([train.labels, test.labels]).tolist() == labels
+    expected = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)
+    assert torch.equal(torch.cat([train.images, test.images]), expected)
+
+
+# --- A run ---
+
+def test_two_steps_and_what_they_leave(images, tmp_path):
+    results = tmp_path / 'results.csv'
+    options = [
+        '--model', 'sunn15', '--epochs', '1', '--schedule', 'onecycle', '--dtype', 'bfloat16', '--ema', '0.5',
+        '--dataset-name', 'noise', '--results', str(results)]
+    result = run(images, tmp_path / 'out', *options)
+    assert result.returncode == 0, result.stderr
+    metrics, = rows(tmp_path / 'out' / 'metrics.csv')
+    assert list(metrics) == ['epoch', 'lr', 'train_loss', 'train_error', 'test_loss', 'test_error', 'ema_loss',
+                             'ema_error', 'minutes']
+    assert (tmp_path / 'out' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+    # The results are those of the files, evaluated by timm's own names, in float32.
+    test = load_data(parse_args(arguments(images, tmp_path)))[1]
+    raw, ema = rows(results)
+    for row, weights in ((raw, 'raw'), (ema, 'EMA')):
+        assert (row['model'], row['weights'], row['data'], row['images']) == ('sunn15', weights, 'noise', '12')
+        assert row['recipe'] == 'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5'
+        assert row['command'].endswith(f'--results {results}')
+        path = tmp_path / 'out' / row['file']
+        assert row['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+        model = timm.create_model('sunn15', num_classes=CLASSES, checkpoint_path=str(path)).eval()
+        x = normalise(test.images, *(torch.tensor(model.pretrained_cfg[k]) for k in ('mean', 'std')))
+        with torch.no_grad():
+            logits = model(x)
+        assert float(row['error']) == pytest.approx(
+            100 * (logits.argmax(1) != test.labels).double().mean().item(), abs=1e-3)
+        assert float(row['loss']) == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, test.labels).item(), rel=1e-3)
+    assert raw['sha256'] != ema['sha256']
+
+    # timm reads the checkpoint.
+    model = timm.create_model('sunn15', num_classes=CLASSES)
+    timm.models.load_checkpoint(model, str(tmp_path / 'out' / 'last.pth.tar'), use_ema=True)
+    assert_close(dict(model.state_dict()), safetensors.torch.load_file(tmp_path / 'out' / 'model_ema.safetensors'))
+
+    # Said again, it changes nothing and adds no second row.
+    before = (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns
+    result = run(images, tmp_path / 'out', *options)
+    assert result.returncode == 0, result.stderr
+    assert [row['sha256'] for row in rows(results)] == [raw['sha256'], ema['sha256']]
+    assert (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns == before
+
+
+def test_any_timm_model(images, tmp_path):
+    result = run(images, tmp_path, '--model', 'resnet10t', '--epochs', '1', '--schedule', 'onecycle')
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / 'result.csv')[0]['model'] == 'resnet10t'
+
+
+RESUMED = {
+    'paper': ['--epochs', '4'],
+    'all': ['--epochs', '4', '--schedule', 'snapshot', '--cycles', '2', '--ema', '0.9', '--smoothing', '0.1', '--dtype',
+            'bfloat16', '--model-kwargs', 'drop_rate=0.3', 'drop_path_rate=0.2'],
+}
+
+
+@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
+def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path, options):
+    """With SIGKILL, in the middle of an epoch, twice, and once paused: the result is that of a run left alone."""
+    options = [*options, '--seed', '5']
+    result = run(images, tmp_path / 'whole', *options)
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / 'killed' / 'last.pth.tar'
+    steps = []
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(images, tmp_path / 'killed', *options, '--checkpoint-minutes', '0'),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        old = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == old:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)  # into what follows the checkpoint
+        process.kill()
+        process.wait()
+        steps.append(torch.load(checkpoint, weights_only=True)['step'])
+    result = run(images, tmp_path / 'killed', *options, '--pause-after', '0.0001')
+    assert 'paused' in result.stdout, result.stderr
+    steps.append(torch.load(checkpoint, weights_only=True)['step'])
+    assert 0 < steps[0] < steps[1] < steps[2] < 12, steps
+    result = run(images, tmp_path / 'killed', *options)
+    assert f'going on after {steps[2]} of 12 steps' in result.stdout, result.stderr
+
+    files = sorted(path.name for path in (tmp_path / 'whole').iterdir())
+    assert files == sorted(path.name for path in (tmp_path / 'killed').iterdir())
+    for name in files:
+        whole, killed = tmp_path / 'whole' / name, tmp_path / 'killed' / name
+        if name.endswith('.safetensors') or name == 'ensemble.csv':
+            assert whole.read_bytes() == killed.read_bytes(), name
+        elif name == 'metrics.csv':
+            assert [dict(r, minutes=0) for r in rows(whole)] == [dict(r, minutes=0) for r in rows(killed)]
+
+
+def test_seeds_differ_and_repeat(images, tmp_path):
+    def losses(seed):
+        run, train, _ = small_run(images, tmp_path, seed=seed)
+        for i in run.order(0)[:2]:
+            run.train_step(*(t[i] for t in train))
+        return run.sums.tolist()
+
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_every_epoch_has_an_order_of_its_own(images, tmp_path):
+    run, train, _ = small_run(images, tmp_path)
+    first, second = run.order(0), run.order(1)
+    assert first.shape == (len(train.labels) // 8, 8)
+    assert sorted(first.flatten().tolist()) == sorted(second.flatten().tolist()) == list(range(len(train.labels)))
+    assert not torch.equal(first, second)
+
+
+def test_snapshot_ensemble_averages_probabilities(images, tmp_path):
+    run, _, test = small_run(images, tmp_path, '--schedule', 'snapshot', '--cycles', '3', '--epochs', '3')
+    x = normalise(test.images, run.mean, run.std)
+    probs = []
+    for cycle in (1, 2, 3):
+        torch.manual_seed(cycle)
+        model = timm.create_model('gunn15', num_classes=CLASSES).eval()
+        torch.nn.init.normal_(model.head.fc.weight, std=0.3)
+        train_cifar.save_weights(model, tmp_path / f'snapshot_{cycle}.safetensors')
+        with torch.no_grad():
+            probs.append(model(x).softmax(1))
+    result = ensemble(run, test, CLASSES)
+    assert [(row['m'], row['snapshot']) for row in result] == [(1, 3), (2, 2), (3, 1)]
+    for m, row in enumerate(result, 1):
+        mean = torch.stack(probs[3 - m:]).mean(0)
+        assert row['ensemble_error'] == pytest.approx(100 * (mean.argmax(1) != test.labels).double().mean().item())
+        loss = -mean.gather(1, test.labels[:, None]).log().mean().item()
+        assert row['ensemble_loss'] == pytest.approx(loss, rel=1e-3)
+        assert row['snapshot_error'] == pytest.approx(
+            100 * (probs[3 - m].argmax(1) != test.labels).double().mean().item())
+
+
+def test_minutes_become_epochs(images, tmp_path, monkeypatch):
+    """A clock that goes on by 0.6 s from call to call: 10 steps take 0.6 s, an evaluation 0.3 s, an epoch 0.48 s."""
+    clock = itertools.count(step=0.6)
+    monkeypatch.setattr(train_cifar.time, 'perf_counter', lambda: next(clock))
+
+    def epochs(*options):
+        args = parse_args(arguments(images, tmp_path, *options))
+        train, test, _ = load_data(args)
+        return train_cifar.epochs_within(args, train, test, CLASSES)
+
+    assert epochs('--minutes', '0.1', '--schedule', 'onecycle') == 12
+    assert epochs('--minutes', '0.1', '--schedule', 'snapshot', '--cycles', '5') == 10
+    with pytest.raises(SystemExit, match=r'--minutes 0.02 is not enough for --schedule step: an epoch takes 0.01 min'):
+        epochs('--minutes', '0.02')
+
+
+def test_minutes_are_measured_once(images, tmp_path):
+    options = ['--minutes', '1', '--schedule', 'onecycle', '--pause-after', '0.0001']
+    first, second = (run(images, tmp_path, *options) for _ in range(2))
+    assert 'epochs in 1 minutes' in first.stdout, first.stderr
+    assert 'epochs in 1 minutes' not in second.stdout
+    total = first.stdout.split('paused after 1 of ')[1].split()[0]
+    assert f'paused after 2 of {total} steps' in second.stdout, second.stderr
+
+
+# --- What is wrong ---
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--epochs', '3'], 'expected at least 4 epochs for --schedule step, got 3'),
+    (['--epochs', '7', '--schedule', 'snapshot', '--cycles', '3'], 'epochs that 3 cycles divide, got 7'),
+    (['--epochs', '7', '--minutes', '1'], 'expected --epochs or --minutes, got both'),
+    (['--epochs', '0'], 'expected --epochs >= 1, got 0'),
+    (['--minutes', '0'], 'expected --minutes > 0, got 0'),
+    (['--batch-size', '1'], 'expected --batch-size >= 2, got 1'),
+    (['--ema', '1.5'], r'expected --ema in [0, 1], got 1.5'),
+    (['--dtype', 'float16'], 'expected --dtype float32 or bfloat16 on cpu, got float16'),
+])
+def test_bad_arguments(options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--data-dir', 'x', '--device', 'cpu', *options])
+    assert message in capsys.readouterr().err
+
+
+def test_bad_data(images, tmp_path):
+    def load(data, *options):
+        return load_data(parse_args(arguments(data, tmp_path, *options)))
+
+    with pytest.raises(SystemExit, match=r'nowhere/train: no such folder; expected one with a subfolder of images'):
+        load(tmp_path / 'nowhere')
+    with pytest.raises(SystemExit, match='expected at least one batch of 64 images, got 24'):
+        load(images, '--batch-size', '64')
+    with pytest.raises(SystemExit, match='expected --held-out < 24 training images, got 24'):
+        load(images, '--held-out', '24')
+    odd = make_images(tmp_path / 'odd')
+    Image.new('RGB', (9, 7)).save(odd / 'test' / 'class1' / '1.png')
+    with pytest.raises(SystemExit, match=r'class1/1.png: expected an image of 8x8 like the others, got 9x7'):
+        load(odd)
+    mixed = tmp_path / 'mixed'
+    mixed.mkdir()
+    (mixed / 'train').symlink_to(images / 'train')
+    (mixed / 'test').symlink_to(make_images(tmp_path / 'two', classes=2) / 'test')
+    with pytest.raises(SystemExit, match='expected the same classes in train and test'):
+        load(mixed)
+    (mixed / 'test').unlink()
+    (mixed / 'test').symlink_to(make_images(tmp_path / 'large', size=9) / 'test')
+    with pytest.raises(SystemExit, match=r'expected images of one size, got \(8, 8\) in train and \(9, 9\) in test'):
+        load(mixed)
+
+
+def test_other_settings_do_not_go_on(images, tmp_path):
+    options = ['--epochs', '4', '--pause-after', '0.0001']
+    assert 'paused after 1 of 12 steps' in run(images, tmp_path, *options).stdout
+    before = (tmp_path / 'last.pth.tar').read_bytes()
+    result = run(images, tmp_path, *options, '--lr', '0.2', '--model', 'sunn15')
+    assert result.returncode == 1
+    assert 'is of a run with model gunn15 (now sunn15), lr 0.1 (now 0.2); expected the same settings' in result.stderr
+    assert (tmp_path / 'last.pth.tar').read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint(images, tmp_path):
+    run, train, test = small_run(images, tmp_path, '--epochs', '4', '--lr', '1e30')
+    (tmp_path / 'last.pth.tar').write_bytes(b'good')
+    with pytest.raises(SystemExit, match=r'the loss is not finite in epoch [12]; .*last.pth.tar, where there is one'):
+        train_cifar.train(run, train, test)
+    assert (tmp_path / 'last.pth.tar').read_bytes() == b'good'
+
+
+def test_other_results_are_not_overwritten(images, tmp_path):
+    other = tmp_path / 'other.csv'
+    other.write_text('name,value\na,1\n')
+    result = run(images, tmp_path / 'out', '--results', str(other))
+    assert result.returncode == 1
+    assert "other.csv: expected the columns ['model', " in result.stderr
+    assert other.read_text() == 'name,value\na,1\n'
+    assert not (tmp_path / 'out').exists()  # said before the training
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+
+    def write(text, fail):
+        with replacing(path) as part:
+            part.write_text(text)
+            if fail:
+                raise OSError('disk full')
+
+    with pytest.raises(OSError, match='disk full'):
+        write('half', fail=True)
+    assert path.read_text() == 'old'
+    write('new', fail=False)
+    assert path.read_text() == 'new'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('options', [
+    ['--dtype', 'bfloat16'], ['--dtype', 'float16', '--ema', '0.9'], ['--compile'], ['--compile', 'reduce-overhead']],
+    ids=' '.join)
+def test_cuda(images, tmp_path, options):
+    options = ['--device', 'cuda', '--epochs', '2', '--schedule', 'onecycle', *options]
+    result = run(images, tmp_path, *options, '--pause-after', '0.0001')
+    assert 'paused after' in result.stdout, result.stderr
+    result = run(images, tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    assert all(math.isfinite(float(row['train_loss'])) for row in rows(tmp_path / 'metrics.csv'))
