@@ -25,7 +25,7 @@ writes it with a plot to --output. Medians over the seeds, with the smallest and
 import argparse
 import statistics
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import matplotlib
 
@@ -193,17 +193,16 @@ def draw(runs: Dict[Tuple[bool, str], torch.Tensor], steps: List[int], path: Pat
     plt.close(fig)
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=3000)
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--lr', type=float, default=0.02)
     parser.add_argument('--output', type=Path, default=Path('output'))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 1 or args.seeds < 1 or not args.lr > 0:
         parser.error(f'expected --steps >= 1, --seeds >= 1 and --lr > 0, got {args.steps}, {args.seeds} and {args.lr}')
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # the layers are small
 
     shown = [step for step in (0, 1, 10, 100, 1000) if step < args.steps] + [args.steps]
     steps = sorted({0, *shown, *(round(args.steps ** (k / 60)) for k in range(61))})
@@ -225,4 +224,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    torch.set_num_threads(1)  # the layers are small
     main()

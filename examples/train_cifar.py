@@ -89,7 +89,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
                         help="the paper's, one cycle for few epochs, or cyclic cosine with a snapshot per cycle")
     recipe.add_argument('--cycles', type=int, default=6, help='of the snapshot schedule')
     recipe.add_argument('--smoothing', type=float, default=0.0, help='label smoothing')
-    recipe.add_argument('--ema', type=float, default=0.0, metavar='DECAY', help='average the weights')
+    recipe.add_argument('--ema', type=float, default=0.0, metavar='DECAY', help='average the weights, as timm does')
     recipe.add_argument('--shift', type=float, default=2 / 3, help='probability of the cyclic shift')
     recipe.add_argument('--seed', type=int, default=0)
     run = parser.add_argument_group('run')
@@ -286,10 +286,10 @@ class Run:
         self.scaler.update()
         self.rate = self.optimizer.param_groups[0]['lr']
         self.scheduler.step()
+        self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         self.sums += torch.stack([loss.detach(), (logits.argmax(1) != labels).float().mean()])
-        self.step += 1
 
     def probabilities(self, model: nn.Module, forward: Callable, split: Split) -> torch.Tensor:
         """Of the classes, (n, classes) float32."""
@@ -578,8 +578,8 @@ def commit() -> str:
     return result.stdout.strip() or 'unknown'
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
     if args.results is not None:
         read_results(args.results)  # what is wrong with it had better be said before the training
     args.output.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
-from overlap_singularities import CASES, Case, Layer, descend, distance, follow, losses, problem, segment_of
+from overlap_singularities import CASES, Case, Layer, descend, distance, follow, losses, main, problem, segment_of
 
 SEEDS = 5
 
@@ -137,18 +137,20 @@ def test_unequal_readers_separate_any_pair(name):
 
 
 def test_script(tmp_path):
-    script = [sys.executable, str(EXAMPLES / 'overlap_singularities.py')]
     result = subprocess.run(
-        [*script, '--steps', '2', '--seeds', '2', '--output', str(tmp_path)], capture_output=True, text=True)
+        [sys.executable, str(EXAMPLES / 'overlap_singularities.py'), '--steps', '2', '--seeds', '2', '--output',
+         str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     header, _, *body = result.stdout.splitlines()
     assert header == '| network | step 0 | step 1 | step 2 | loss at the end |'
     assert [line.split(' | ')[0] for line in body] == [
         f'| {kind}, {name}' for kind in ('linear', 'ReLU') for name in CASES]
     assert (tmp_path / 'overlap_singularities.png').read_bytes().startswith(b'\x89PNG')
-    result = subprocess.run([*script, '--lr', '0'], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert 'got 3000, 5 and 0.0' in result.stderr
-    result = subprocess.run([*script, '--lr', '10', '--steps', '99'], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1
-    assert 'gradient descent diverges with --lr 10' in result.stderr
+
+
+def test_script_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(['--lr', '0'])
+    assert 'got 3000, 5 and 0.0' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='gradient descent diverges with --lr 10; expected a lower one'):
+        main(['--lr', '10', '--steps', '99', '--output', str(tmp_path)])

@@ -18,6 +18,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
@@ -54,7 +55,20 @@ def command(images, output, *options):
 
 
 def run(images, output, *options):
-    return subprocess.run(command(images, output, *options), capture_output=True, text=True, timeout=300)
+    """The script as it is, in a process of its own."""
+    result = subprocess.run(command(images, output, *options), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def main(images, tmp_path, capsys):
+    """The script, called, with tmp_path / 'out' for its output; returns what it prints."""
+    def call(*options):
+        train_cifar.main(arguments(images, tmp_path / 'out', *options))
+        return capsys.readouterr().out
+
+    return call
 
 
 def rows(path):
@@ -119,12 +133,12 @@ def test_a_step_is_that_of_plain_pytorch(images, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('gunn15', num_classes=CLASSES)
     assert_close(dict(model.state_dict()), dict(run.model.state_dict()))
-    averages = [p.detach().clone() for p in model.parameters()]
+    averages = None
     optimizer = torch.optim.SGD(model.parameters(), 1, 0.9, nesterov=True, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v) / 255 for v in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
     model.to(memory_format=torch.channels_last)
-    for lr in rates('onecycle', 300, 3, lr=0.1 * 8 / 64).flatten()[:2]:
+    for lr in rates('onecycle', 300, 3, lr=0.1 * 8 / 64).flatten()[:3]:
         x, labels = train.images[:8], train.labels[:8]
         run.train_step(x, labels)
         x = augment((x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), generator)
@@ -133,7 +147,8 @@ def test_a_step_is_that_of_plain_pytorch(images, tmp_path):
         optimizer.zero_grad()
         (-(target * model(x).log_softmax(1)).sum(1).mean()).backward()
         optimizer.step()
-        averages = [0.75 * a + 0.25 * p.detach() for a, p in zip(averages, model.parameters(), strict=True)]
+        weights = [p.detach().clone() for p in model.parameters()]
+        averages = [0.75 * a + 0.25 * w for a, w in zip(averages or weights, weights, strict=True)]
     for k, v in model.state_dict().items():
         assert_close(run.model.state_dict()[k], v, rtol=1e-3, atol=1e-5, msg=lambda m, k=k: f'{k}: {m}')
     assert_close(list(run.ema.module.parameters()), averages, rtol=1e-3, atol=1e-5)
@@ -154,7 +169,7 @@ def outcomes(image, shift, padding=4):
         for axis, size in enumerate(crop.shape):
             for pixels in range(1, size + 1):
                 result[np.roll(crop, pixels, axis).tobytes()] += prob * shift / 2 / size
-    return result
+    return +result  # without what has no probability
 
 
 @pytest.mark.parametrize('shift', [2 / 3, 0.0, 1.0])
@@ -241,13 +256,12 @@ def test_torchvision_format(name, tmp_path, monkeypatch):
 
 # --- A run ---
 
-def test_two_steps_and_what_they_leave(images, tmp_path):
+def test_two_steps_and_what_they_leave(images, tmp_path, main):
     results = tmp_path / 'results.csv'
     options = [
         '--model', 'sunn15', '--epochs', '1', '--schedule', 'onecycle', '--dtype', 'bfloat16', '--ema', '0.5',
         '--dataset-name', 'noise', '--results', str(results)]
-    result = run(images, tmp_path / 'out', *options)
-    assert result.returncode == 0, result.stderr
+    run(images, tmp_path / 'out', *options)
     metrics, = rows(tmp_path / 'out' / 'metrics.csv')
     assert list(metrics) == ['epoch', 'lr', 'train_loss', 'train_error', 'test_loss', 'test_error', 'ema_loss',
                              'ema_error', 'minutes']
@@ -279,36 +293,29 @@ def test_two_steps_and_what_they_leave(images, tmp_path):
 
     # Said again, it changes nothing and adds no second row.
     before = (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns
-    result = run(images, tmp_path / 'out', *options)
-    assert result.returncode == 0, result.stderr
+    main(*options)
     assert [row['sha256'] for row in rows(results)] == [raw['sha256'], ema['sha256']]
     assert (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns == before
 
 
-def test_any_timm_model(images, tmp_path):
-    result = run(images, tmp_path, '--model', 'resnet10t', '--epochs', '1', '--schedule', 'onecycle')
-    assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / 'result.csv')[0]['model'] == 'resnet10t'
+def test_any_timm_model(tmp_path, main):
+    main('--model', 'resnet10t', '--epochs', '1', '--schedule', 'onecycle')
+    assert rows(tmp_path / 'out' / 'result.csv')[0]['model'] == 'resnet10t'
 
 
-RESUMED = {
-    'paper': ['--epochs', '4'],
-    'all': ['--epochs', '4', '--schedule', 'snapshot', '--cycles', '2', '--ema', '0.9', '--smoothing', '0.1', '--dtype',
-            'bfloat16', '--model-kwargs', 'drop_rate=0.3', 'drop_path_rate=0.2'],
-}
+EVERYTHING = [
+    '--epochs', '4', '--schedule', 'snapshot', '--cycles', '2', '--ema', '0.9', '--smoothing', '0.1', '--dtype',
+    'bfloat16', '--seed', '5', '--model-kwargs', 'drop_rate=0.3', 'drop_path_rate=0.2']
 
 
-@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
-def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path, options):
+def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path):
     """With SIGKILL, in the middle of an epoch, twice, and once paused: the result is that of a run left alone."""
-    options = [*options, '--seed', '5']
-    result = run(images, tmp_path / 'whole', *options)
-    assert result.returncode == 0, result.stderr
+    run(images, tmp_path / 'whole', *EVERYTHING)
     checkpoint = tmp_path / 'killed' / 'last.pth.tar'
     steps = []
     for _ in range(2):
         process = subprocess.Popen(
-            command(images, tmp_path / 'killed', *options, '--checkpoint-minutes', '0'),
+            command(images, tmp_path / 'killed', *EVERYTHING, '--checkpoint-minutes', '0'),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         old = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         deadline = time.monotonic() + 120
@@ -320,21 +327,45 @@ def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path, options):
         process.kill()
         process.wait()
         steps.append(torch.load(checkpoint, weights_only=True)['step'])
-    result = run(images, tmp_path / 'killed', *options, '--pause-after', '0.0001')
-    assert 'paused' in result.stdout, result.stderr
+    assert 'paused' in run(images, tmp_path / 'killed', *EVERYTHING, '--pause-after', '0.0001')
     steps.append(torch.load(checkpoint, weights_only=True)['step'])
     assert 0 < steps[0] < steps[1] < steps[2] < 12, steps
-    result = run(images, tmp_path / 'killed', *options)
-    assert f'going on after {steps[2]} of 12 steps' in result.stdout, result.stderr
+    assert f'going on after {steps[2]} of 12 steps' in run(images, tmp_path / 'killed', *EVERYTHING)
 
     files = sorted(path.name for path in (tmp_path / 'whole').iterdir())
     assert files == sorted(path.name for path in (tmp_path / 'killed').iterdir())
+    assert {'model.safetensors', 'model_ema.safetensors', 'snapshot_1.safetensors', 'ensemble.csv'} < {*files}
     for name in files:
         whole, killed = tmp_path / 'whole' / name, tmp_path / 'killed' / name
         if name.endswith('.safetensors') or name == 'ensemble.csv':
             assert whole.read_bytes() == killed.read_bytes(), name
         elif name == 'metrics.csv':
             assert [dict(r, minutes=0) for r in rows(whole)] == [dict(r, minutes=0) for r in rows(killed)]
+
+
+@pytest.mark.parametrize('options', [[], EVERYTHING], ids=['paper', 'everything'])
+def test_a_restored_run_has_the_state_of_the_old_one(images, tmp_path, options):
+    """After every step: what a checkpoint leaves out would show in the steps that follow."""
+    whole, train, test = small_run(images, tmp_path, *options)
+    torch.manual_seed(1)  # the state of the process counts only as far as a checkpoint holds it
+    for step in range(4):
+        torch.save(whole.state(), tmp_path / 'checkpoint')
+        rng = torch.get_rng_state()
+        restored, _, _ = small_run(images, tmp_path, *options)
+        restored.restore(torch.load(tmp_path / 'checkpoint', weights_only=True))
+        assert torch.equal(torch.get_rng_state(), rng)
+        states = []
+        for run in (whole, restored):
+            torch.set_rng_state(rng)
+            run.train_step(*(t[run.order(0)[step % run.steps]] for t in train))
+            if step == 2:
+                run.end_epoch(test)
+            states.append(run.state())
+        leaves, spec = tree_flatten(states[0])
+        other, other_spec = tree_flatten(states[1])
+        assert spec == other_spec
+        for a, b in zip(leaves, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_seeds_differ_and_repeat(images, tmp_path):
@@ -393,13 +424,13 @@ def test_minutes_become_epochs(images, tmp_path, monkeypatch):
         epochs('--minutes', '0.02')
 
 
-def test_minutes_are_measured_once(images, tmp_path):
+def test_minutes_are_measured_once(main):
     options = ['--minutes', '1', '--schedule', 'onecycle', '--pause-after', '0.0001']
-    first, second = (run(images, tmp_path, *options) for _ in range(2))
-    assert 'epochs in 1 minutes' in first.stdout, first.stderr
-    assert 'epochs in 1 minutes' not in second.stdout
-    total = first.stdout.split('paused after 1 of ')[1].split()[0]
-    assert f'paused after 2 of {total} steps' in second.stdout, second.stderr
+    first, second = main(*options), main(*options)
+    assert 'epochs in 1 minutes' in first
+    assert 'epochs in 1 minutes' not in second
+    total = first.split('paused after 1 of ')[1].split()[0]
+    assert f'paused after 2 of {total} steps' in second
 
 
 # --- What is wrong ---
@@ -446,14 +477,13 @@ def test_bad_data(images, tmp_path):
         load(mixed)
 
 
-def test_other_settings_do_not_go_on(images, tmp_path):
+def test_other_settings_do_not_go_on(tmp_path, main):
     options = ['--epochs', '4', '--pause-after', '0.0001']
-    assert 'paused after 1 of 12 steps' in run(images, tmp_path, *options).stdout
-    before = (tmp_path / 'last.pth.tar').read_bytes()
-    result = run(images, tmp_path, *options, '--lr', '0.2', '--model', 'sunn15')
-    assert result.returncode == 1
-    assert 'is of a run with model gunn15 (now sunn15), lr 0.1 (now 0.2); expected the same settings' in result.stderr
-    assert (tmp_path / 'last.pth.tar').read_bytes() == before
+    assert 'paused after 1 of 12 steps' in main(*options)
+    before = (tmp_path / 'out' / 'last.pth.tar').read_bytes()
+    with pytest.raises(SystemExit, match=r'is of a run with model gunn15 \(now sunn15\), lr 0.1 \(now 0.2\); expected'):
+        main(*options, '--lr', '0.2', '--model', 'sunn15')
+    assert (tmp_path / 'out' / 'last.pth.tar').read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint(images, tmp_path):
@@ -464,12 +494,11 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint(images, tmp_path):
     assert (tmp_path / 'last.pth.tar').read_bytes() == b'good'
 
 
-def test_other_results_are_not_overwritten(images, tmp_path):
+def test_other_results_are_not_overwritten(tmp_path, main):
     other = tmp_path / 'other.csv'
     other.write_text('name,value\na,1\n')
-    result = run(images, tmp_path / 'out', '--results', str(other))
-    assert result.returncode == 1
-    assert "other.csv: expected the columns ['model', " in result.stderr
+    with pytest.raises(SystemExit, match=r"other.csv: expected the columns \['model', "):
+        main('--results', str(other))
     assert other.read_text() == 'name,value\na,1\n'
     assert not (tmp_path / 'out').exists()  # said before the training
 
@@ -499,8 +528,6 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     ids=' '.join)
 def test_cuda(images, tmp_path, options):
     options = ['--device', 'cuda', '--epochs', '2', '--schedule', 'onecycle', *options]
-    result = run(images, tmp_path, *options, '--pause-after', '0.0001')
-    assert 'paused after' in result.stdout, result.stderr
-    result = run(images, tmp_path, *options)
-    assert result.returncode == 0, result.stderr
+    assert 'paused after' in run(images, tmp_path, *options, '--pause-after', '0.0001')
+    run(images, tmp_path, *options)
     assert all(math.isfinite(float(row['train_loss'])) for row in rows(tmp_path / 'metrics.csv'))
