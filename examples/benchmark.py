@@ -46,7 +46,7 @@ MODELS = [
     'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME[:composite|:folded]')
     parser.add_argument('--reference', help='the ratios are to this one (default: the second of the models)')
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--csv', type=Path, help='append a row per variant to this file')
     parser.add_argument('--plots', type=Path, help='write plots into this folder (needs matplotlib)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f'--rounds must be at least 1, got {args.rounds}')
     if args.csv and args.csv.exists():

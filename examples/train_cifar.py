@@ -515,12 +515,12 @@ def finish(run: Run, test: Split, classes: List[str]) -> None:
         rows.append(row)
         print(f'{args.model}, {row["weights"]} weights, {args.epochs} epochs: {error:.2f} % error on '
               f'{len(test.labels)} images of {row["data"]}; {path}, sha256 {row["sha256"][:16]}')
-    write_csv(args.output / 'result.csv', rows)
     if args.results is not None:
         hashes = [row['sha256'] for row in rows]  # a run that was killed here does not add its rows twice
         write_csv(args.results, [row for row in read_results(args.results) if row['sha256'] not in hashes] + rows)
     if args.schedule == 'snapshot':
         write_csv(args.output / 'ensemble.csv', ensemble(run, test, len(classes)))
+    write_csv(args.output / 'result.csv', rows)  # last: where it is, the run has ended
 
 
 def read_results(path: Path) -> List[Row]:

@@ -4,7 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import model_table
+import results_table
+from benchmark import bench_models, bench_sweep, parse_args
 
 
 def run(name, *args, cwd):
@@ -22,10 +29,9 @@ def test_quickstart(tmp_path):
     assert 'at least one batch of 32 training images, got 8' in result.stderr
 
 
-def test_model_table_is_that_of_the_readme(tmp_path):
-    result = run('model_table.py', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout in (EXAMPLES.parent / 'README.md').read_text()
+def test_model_table_is_that_of_the_readme(capsys):
+    model_table.main()
+    assert capsys.readouterr().out in (EXAMPLES.parent / 'README.md').read_text()
 
 
 def test_benchmark(tmp_path):
@@ -41,14 +47,42 @@ def test_benchmark(tmp_path):
 
 
 def test_benchmark_says_what_is_wrong(tmp_path):
-    result = run('benchmark.py', '--models', 'gunn15:fast', cwd=tmp_path)
-    assert result.returncode != 0
-    assert "expected NAME, NAME:composite or NAME:folded of a timm model, got 'gunn15:fast'" in result.stderr
-    result = run('benchmark.py', '--sweep', '400x56', '12x4', '--segments', '5', cwd=tmp_path)
-    assert result.returncode != 0
-    assert '--segments must divide the 12 channels, got 5' in result.stderr
+    with pytest.raises(SystemExit, match="NAME:composite or NAME:folded of a timm model, got 'gunn15:fast'"):
+        bench_models(parse_args(['--models', 'gunn15:fast']))
+    with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):
+        bench_sweep(parse_args(['--sweep', '400x56', '12x4', '--segments', '5']))
     # What goes wrong in the process of a variant.
     result = run('benchmark.py', '--models', 'gunn15', '--device', 'nowhere', '--csv', 'rows.csv', cwd=tmp_path)
     assert result.returncode != 0
     assert 'benchmark: gunn15: RuntimeError: ' in result.stderr
     assert not (tmp_path / 'rows.csv').exists()
+
+
+RESULTS = '''\
+model,weights,data,images,recipe,epochs,seed,error,loss,minutes,hardware,versions,commit,command,file,sha256
+gunn15.c10,raw,CIFAR-10 (JPEG copy),10000,"step, batch 64",300,0,4.5,0.2,25.4,a GPU,v,c,python x.py,model.safetensors,00
+gunn15.c10,raw,CIFAR-10 (JPEG copy),10000,"step, batch 64",300,1,4.7,0.2,26.4,a GPU,v,c,python x.py,model.safetensors,01
+sunn15.c100,EMA,CIFAR-100,10000,onecycle,30,0,25,1.2,3,a CPU,v,c,python x.py,model_ema.safetensors,02
+resnet18,raw,digits,450,onecycle,3,0,2,0.1,0.9,a CPU,v,c,python x.py,model.safetensors,03
+'''
+
+
+def test_results_table(tmp_path, capsys):
+    (tmp_path / 'results.csv').write_text(RESULTS)
+    results_table.main(['--results', str(tmp_path / 'results.csv')])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        '| `gunn15.c10` | CIFAR-10 (JPEG copy), 10000 images | 300 | step, batch 64 | 0, 1 | 4.60 (4.50 to 4.70) '
+        '| 26 (25 to 26) | a GPU | 4.15 |',
+        '| `sunn15.c100` | CIFAR-100, 10000 images | 30 | onecycle, averaged weights | 0 | 25.00 | 3 | a CPU | 23.75 |',
+        '| `resnet18` | digits, 450 images | 3 | onecycle | 0 | 2.00 | 1 | a CPU |  |']
+
+
+def test_training_dynamics(tmp_path, capsys):
+    metrics, output = tmp_path / 'metrics.csv', tmp_path / 'new' / 'curves.png'
+    metrics.write_text(
+        'epoch,lr,train_loss,train_error,test_loss,test_error,minutes\n1,0.1,2,80,1.5,60,1\n2,0.01,1,30,0.9,28,2\n')
+    results_table.main(['--curves', f'a={metrics}', f'b={metrics}', '--output', str(output)])
+    assert output.read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(SystemExit):
+        results_table.main(['--curves', 'metrics.csv'])
+    assert "expected --curves NAME=CSV with the metrics.csv of a run, got 'metrics.csv'" in capsys.readouterr().err

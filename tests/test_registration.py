@@ -6,6 +6,8 @@ import sys
 import sysconfig
 import textwrap
 import venv
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,20 +68,30 @@ def wheel_env(source, tmp_path_factory):
     return env
 
 
-@pytest.mark.parametrize('imports', [
+IMPORTS = [
     'import timm', 'import torch, timm', 'import torchvision, timm', 'import timm.models.resnet, timm',
     'from timm.models import create_model; import timm', 'import timm.layers, timm',
     'import timm, timm_gunn', 'import timm_gunn, timm', 'import timm_gunn.layer, timm', 'import timm_gunn.gunn, timm',
     'from timm_gunn import GunnLayer; import timm', 'import torch, timm_gunn, timm',
-])
-def test_import_orders(wheel_env, imports):
+]
+
+
+@pytest.fixture(scope='module')
+def interpreters(wheel_env):
+    """The interpreters of test_import_orders, two at a time: each is seconds of work for one core."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {imports: pool.submit(wheel_env, f'''
+            {imports}
+            {LIST}
+            import sys
+            assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
+            timm.create_model("gunn15", device="meta")''', '-W', 'default') for imports in IMPORTS}
+
+
+@pytest.mark.parametrize('imports', IMPORTS)
+def test_import_orders(interpreters, imports):
     """Every order registers all the names once (timm warns of a second registration) and leaves no hook."""
-    result = wheel_env(f'''
-        {imports}
-        {LIST}
-        import sys
-        assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
-        timm.create_model("gunn15", device="meta")''', '-W', 'default')
+    result = interpreters[imports].result()
     assert 'Overwriting' not in result.stderr
     assert 'timm-gunn could not' not in result.stderr
 
@@ -90,10 +102,10 @@ def test_interpreter_options(wheel_env, options):
 
 
 def test_autoload_switched_off(wheel_env):
-    off = dict(TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-    wheel_env('import timm; assert not timm.list_models("gunn*")', **off)
-    wheel_env('import timm, timm_gunn; ' + LIST, **off)
-    wheel_env('import timm_gunn, timm; ' + LIST, **off)
+    codes = ['import timm; assert not timm.list_models("gunn*")', 'import timm, timm_gunn; ' + LIST,
+             'import timm_gunn, timm; ' + LIST]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(partial(wheel_env, TORCH_DEVICE_BACKEND_AUTOLOAD='0'), codes))
 
 
 def test_torch_alone_gets_nothing_but_the_hook(wheel_env):

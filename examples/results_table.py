@@ -1,0 +1,65 @@
+"""Print the README's table of trained networks, made from weights/results.csv, beside the paper's numbers.
+
+    python examples/results_table.py
+    python examples/results_table.py --curves gunn15=a/metrics.csv sunn15=b/metrics.csv   # the paper's Figure 3
+
+Runs that differ in their seed alone share a row: the mean error, and its range.
+"""
+import argparse
+import csv
+import statistics
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from model_table import PUBLISHED
+from train_cifar import draw_curves, read_results
+
+RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
+
+
+def spread(values: List[float], digits: int) -> str:
+    """Mean, and the range if there are several values."""
+    mean = f'{statistics.mean(values):.{digits}f}'
+    return mean if len(values) == 1 else f'{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})'
+
+
+def print_table(path: Path) -> None:
+    groups: Dict[tuple, List[Dict[str, str]]] = {}
+    for row in read_results(path):
+        key = tuple(row[k] for k in ('model', 'weights', 'data', 'images', 'epochs', 'recipe', 'hardware'))
+        groups.setdefault(key, []).append(row)
+    print('| model | data | epochs | recipe | seeds | error (%) | minutes | hardware '
+          '| paper (%): 300 epochs, CIFAR itself |')
+    print('|---|---|---|---|---|---|---|---|---|')
+    for (model, weights, data, images, epochs, recipe, hardware), rows in groups.items():
+        known = {'CIFAR-10': 'C10', 'CIFAR-100': 'C100'}.get(data.split(' ')[0].rstrip(','))
+        published = PUBLISHED.get(model.split('.')[0], {}).get(known, '')
+        if weights == 'EMA':
+            recipe += ', averaged weights'
+        print(f'| `{model}` | {data}, {images} images | {epochs} | {recipe} | {", ".join(r["seed"] for r in rows)} '
+              f'| {spread([float(r["error"]) for r in rows], 2)} | {spread([float(r["minutes"]) for r in rows], 0)} '
+              f'| {hardware} | {published} |')
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--results', type=Path, default=RESULTS)
+    parser.add_argument('--curves', nargs='+', metavar='NAME=CSV', help='draw the metrics of several runs together')
+    parser.add_argument('--output', type=Path, default=Path('output/training_dynamics.png'), help='of --curves')
+    args = parser.parse_args(argv)
+    if args.curves is None:
+        print_table(args.results)
+        return
+    runs = {}
+    for curve in args.curves:
+        name, separator, path = curve.partition('=')
+        if not separator or not Path(path).is_file():
+            parser.error(f'expected --curves NAME=CSV with the metrics.csv of a run, got {curve!r}')
+        with open(path, newline='') as f:
+            runs[name] = list(csv.DictReader(f))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(runs, args.output)
+
+
+if __name__ == '__main__':
+    main()
