@@ -1,5 +1,6 @@
 """The examples run as scripts, briefly."""
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import model_table
 import results_table
+import train_cifar
 from benchmark import bench_models, bench_sweep, parse_args
 
 
@@ -86,3 +88,39 @@ def test_training_dynamics(tmp_path, capsys):
     with pytest.raises(SystemExit):
         results_table.main(['--curves', 'metrics.csv'])
     assert "expected --curves NAME=CSV with the metrics.csv of a run, got 'metrics.csv'" in capsys.readouterr().err
+
+
+def test_reproduce_script(tmp_path):
+    """Its commands, as it gives them to a stand-in for python, are ones that the trainer takes."""
+    (tmp_path / 'python').write_text(
+        '#!/bin/sh\necho "$@" >> "$LOG"\nwhile [ "$1" != --output ]; do shift; done\n'
+        'if [ -z "$PAUSE" ]; then mkdir -p "$2"; touch "$2/result.csv"; fi\n')
+    (tmp_path / 'python').chmod(0o755)
+    (tmp_path / 'data' / 'cifar-100-python').mkdir(parents=True)
+
+    def reproduce(**env):
+        log = tmp_path / 'log'
+        log.write_text('')
+        result = subprocess.run(
+            [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'data', '--device', 'cpu'],
+            capture_output=True, text=True, env={
+                **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'LOG': str(log),
+                'OUTPUT': str(tmp_path / 'out'), 'EPOCHS': '7', 'SEEDS': '3 4', **env})
+        assert result.returncode == 0, result.stderr
+        commands = [line.split() for line in log.read_text().splitlines()]
+        assert all(command[0] == 'examples/train_cifar.py' for command in commands)
+        return [train_cifar.parse_args(command[1:]) for command in commands], result.stdout
+
+    runs, printed = reproduce(PAUSE='1')
+    assert len(runs) == 1
+    assert printed == 'paused; say it again to go on\n'
+    runs, _ = reproduce()
+    assert [(r.model, r.epochs, r.schedule, r.seed) for r in runs] == [
+        ('gunn15', 7, 'onecycle', 3), ('sunn15', 7, 'onecycle', 3), ('gunn15_nores', 7, 'onecycle', 3),
+        ('gunn15', 7, 'onecycle', 4), ('sunn15', 7, 'onecycle', 4), ('gunn15_nores', 7, 'onecycle', 4),
+        ('gunn15', 300, 'step', 0), ('gunn24', 7, 'onecycle', 0), ('sunn24', 7, 'onecycle', 0),
+        ('gunn15.c100', 7, 'onecycle', 0), ('sunn15.c100', 7, 'onecycle', 0)]
+    assert len({r.output for r in runs}) == len(runs)
+    assert {r.device for r in runs} == {'cpu'}
+    assert [r.dataset for r in runs] == ['folder'] * 9 + ['cifar100'] * 2
+    assert reproduce() == ([], '')  # all done
