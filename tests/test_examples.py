@@ -14,6 +14,7 @@ import model_table
 import results_table
 import train_cifar
 from benchmark import bench_models, bench_sweep, parse_args
+from tiny_imagenet import arrange
 
 
 def run(name, *args, cwd):
@@ -124,3 +125,28 @@ def test_reproduce_script(tmp_path):
     assert {r.device for r in runs} == {'cpu'}
     assert [r.dataset for r in runs] == ['folder'] * 9 + ['cifar100'] * 2
     assert reproduce() == ([], '')  # all done
+
+
+def test_tiny_imagenet(tmp_path):
+    source, target = tmp_path / 'tiny-imagenet-200', tmp_path / 'new' / 'tiny'
+    target.parent.mkdir()
+    for wnid in ('n01', 'n02'):
+        (source / 'train' / wnid / 'images').mkdir(parents=True)
+        for i in range(2):
+            (source / 'train' / wnid / 'images' / f'{wnid}_{i}.JPEG').write_text(f'{wnid} {i}')
+    with pytest.raises(SystemExit, match=r'expected train/<wnid>/images/\*.JPEG and val/val_annotations.txt'):
+        arrange(source, target)
+    (source / 'val' / 'images').mkdir(parents=True)
+    (source / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t1\t1\t5\t5\n')
+    (source / 'val' / 'images' / 'val_0.JPEG').write_text('zero')
+    with pytest.raises(SystemExit, match=r'1 of 2 images are missing, val_1.JPEG for one'):
+        arrange(source, target)
+    assert not list(target.parent.iterdir())
+    (source / 'val' / 'images' / 'val_1.JPEG').write_text('one')
+    arrange(source, target)
+    assert {str(p.relative_to(target)): p.read_text() for p in target.rglob('*.JPEG')} == {
+        'train/n01/n01_0.JPEG': 'n01 0', 'train/n01/n01_1.JPEG': 'n01 1',
+        'train/n02/n02_0.JPEG': 'n02 0', 'train/n02/n02_1.JPEG': 'n02 1',
+        'val/n02/val_0.JPEG': 'zero', 'val/n01/val_1.JPEG': 'one'}
+    with pytest.raises(SystemExit, match='exists; expected a new folder'):
+        arrange(source, target)
