@@ -14,13 +14,16 @@ are what GUNN is in practice (Section 4.3). A trained linear readout A y is to m
 layer with a collapsed pair cannot. Whatever reads the pair, the readout and later segments, weighs p and q alike at the
 start, except where the readers are called unequal.
 
-What to expect. In the plain network the collapse requires w_q = w_p, and both rows have the same gradient as long as
-the readers are equal. Where p and q are updated in different segments, it requires y_q = x_q + (y_p - x_q), which in
-general position only w_q = e_p - e_q gives, whatever w_p is; a step of rate r moves y_q - y_p by -r (dL/dw_q) s, and so
-the collapse cannot persist unless the gradient of w_q vanishes.
+What to expect of the linear networks. In the plain one the collapse requires w_q = w_p, and both rows have the same
+gradient as long as the readers are equal; the same goes for the residual one, where w_q = w_p + e_p - e_q. Where p and
+q are updated in different segments, it requires y_q = x_q + (y_p - x_q), which in general position only
+w_q = e_p - e_q gives, whatever w_p is. A step of rate r makes y_q - y_p = -r (dL/dw_q) s, and so gradient descent
+leaves the collapse unless the gradient of w_q vanishes. With ReLUs, the neurons of a plain network start with equal
+weights. In the others neuron q has four hidden ReLUs that make x_p - x_q or y_p - x_q of the state; "even split"
+shares them between p and q.
 
 Prints a table of the pair's distance, ||y_p - y_q|| / ||(y_p + y_q) / 2|| over inputs that were not trained on, and
-writes it with a plot to --output. Medians over the seeds, with the smallest and the largest.
+writes a plot and a CSV of more steps to --output. Medians over the seeds, with the smallest and the largest.
 """
 import argparse
 import statistics
@@ -33,6 +36,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
+from benchmark import machine
 from train_cifar import bar, replacing, write_csv
 
 CHANNELS, HIDDEN = 6, 8
@@ -43,6 +47,7 @@ class Case(NamedTuple):
     residual: bool
     pair: Tuple[int, int]
     equal_readers: bool = True
+    split: float = 0.0  # with ReLUs and without an order: the part of neuron p in making the difference
 
 
 CASES = {
@@ -55,6 +60,7 @@ CASES = {
     'segments of 3, pair in one, unequal readers': Case((3, 3), True, (0, 2), equal_readers=False),
     'segments of 3, pair in two': Case((3, 3), True, (1, 4)),
 }
+RELU_CASES = {**CASES, 'residual, even split': Case((6,), True, (1, 4), split=0.5)}
 
 
 class Layer(nn.Module):
@@ -91,7 +97,7 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def collapse(self) -> None:
-        """Set neuron q so that y_q = y_p for every input; where it takes both (ReLU and residual), neuron p as well."""
+        """Set neuron q so that y_q = y_p for every input; with ReLUs and the residual, some of neuron p as well."""
         (p, q), case = self.case.pair, self.case
         unit = torch.eye(CHANNELS, dtype=torch.float64)
         together = segment_of(case, p) == segment_of(case, q)
@@ -105,8 +111,8 @@ class Layer(nn.Module):
             self.U[:, q], self.v[:, q] = self.U[:, p], self.v[:, p]
             if case.residual:
                 signs = torch.tensor([1, -1, -1, 1], dtype=torch.float64)
-                if together:  # y_p = y_q = (x_p + x_q) / 2 + the other hidden neurons
-                    self.v[:, p, :4], self.v[:, q, :4] = -signs / 2, signs / 2
+                if together:  # of x_p - x_q, p subtracts its part and q adds the rest
+                    self.v[:, p, :4], self.v[:, q, :4] = -case.split * signs, (1 - case.split) * signs
                 else:  # y_q = x_q + (y_p - x_q)
                     self.v[:, q] = 0
                     self.v[:, q, :4] = signs
@@ -144,30 +150,29 @@ def losses(layer: Layer, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (layer(x)[1] - target).square().sum(-1).mean(1) / 2
 
 
-def descend(layer: Layer, x: torch.Tensor, target: torch.Tensor, rate: float) -> torch.Tensor:
-    """One step of gradient descent for each seed; returns the losses before it."""
-    values = losses(layer, x, target)
-    grads = torch.autograd.grad(values.sum(), list(layer.parameters()))
+def descend(layer: Layer, x: torch.Tensor, target: torch.Tensor, rate: float) -> None:
+    """One step of gradient descent for each seed."""
+    grads = torch.autograd.grad(losses(layer, x, target).sum(), list(layer.parameters()))
     with torch.no_grad():
         for param, grad in zip(layer.parameters(), grads, strict=True):
             param -= rate * grad
-    return values.detach()
 
 
 def follow(case: Case, relu: bool, seeds: int, rate: float, steps: List[int]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Distances at the given steps (len(steps), S), and the losses before the last one (S,)."""
+    """Distances and losses after the given numbers of steps, both (len(steps), S)."""
     torch.manual_seed(0)
     x, target, x_test = problem(relu, seeds)
     layer = Layer(case, relu, seeds)
     layer.collapse()
-    distances = [distance(layer, x_test)]
-    for step in bar(range(1, steps[-1] + 1), unit='step'):
-        values = descend(layer, x, target, rate)
+    distances, values = [], []
+    for step in bar(range(steps[-1] + 1), unit='step'):
         if step in steps:
             distances.append(distance(layer, x_test))
-    if not (values.isfinite().all() and distances[-1].isfinite().all()):
+            values.append(losses(layer, x, target).detach())
+        descend(layer, x, target, rate)
+    if not (values[-1].isfinite().all() and distances[-1].isfinite().all()):
         raise SystemExit(f'gradient descent diverges with --lr {rate:g}; expected a lower one')
-    return torch.stack(distances), values
+    return torch.stack(distances), torch.stack(values)
 
 
 def spread(values: List[float]) -> str:
@@ -180,7 +185,7 @@ def spread(values: List[float]) -> str:
 def draw(runs: Dict[Tuple[bool, str], torch.Tensor], steps: List[int], path: Path) -> None:
     """Distance over steps: medians over the seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout='constrained')
-    styles = dict(zip(CASES, ('C0-', 'C0:', 'C1-', 'C2-', 'C2:', 'C3-', 'C3:', 'C3--'), strict=True))
+    styles = dict(zip(RELU_CASES, ('C0-', 'C0:', 'C1-', 'C2-', 'C2:', 'C3-', 'C3:', 'C3--', 'C1--'), strict=True))
     for (relu, name), distances in runs.items():
         axes[int(relu)].loglog(steps[1:], distances.median(1).values[1:].clamp_min(1e-17), styles[name], label=name)
     for ax, title in zip(axes, ('linear', 'ReLU'), strict=True):
@@ -206,19 +211,23 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     shown = [step for step in (0, 1, 10, 100, 1000) if step < args.steps] + [args.steps]
     steps = sorted({0, *shown, *(round(args.steps ** (k / 60)) for k in range(61))})
+    about = machine(argparse.Namespace(device='cpu'))
     print('| network | ' + ' | '.join(f'step {step}' for step in shown) + ' | loss at the end |')
     print('|---' * (len(shown) + 2) + '|')
     runs, rows = {}, []
-    for relu in (False, True):
-        for name, case in CASES.items():
+    for relu, cases in ((False, CASES), (True, RELU_CASES)):
+        for name, case in cases.items():
             distances, values = follow(case, relu, args.seeds, args.lr, steps)
             runs[relu, name] = distances
             title = f'{"ReLU" if relu else "linear"}, {name}'
-            cells = [spread(distances[steps.index(step)].tolist()) for step in shown] + [spread(values.tolist())]
+            cells = [spread(distances[steps.index(step)].tolist()) for step in shown] + [spread(values[-1].tolist())]
             print(f'| {title} | ' + ' | '.join(cells) + ' |', flush=True)
-            rows += [
-                dict(network=title, seed=seed, step=steps[i], lr=args.lr, distance=distances[i, seed].item())
-                for seed in range(args.seeds) for i in map(steps.index, shown)]
+            for i, step in enumerate(steps):
+                d = distances[i]
+                rows.append(dict(
+                    network=title, step=step, distance=f'{d.median():.4g}', distance_min=f'{d.min():.4g}',
+                    distance_max=f'{d.max():.4g}', loss=f'{values[i].median():.4g}',
+                    seeds=args.seeds, lr=args.lr, torch=about['torch'], command=about['command']))
     write_csv(args.output / 'overlap_singularities.csv', rows)
     draw(runs, steps, args.output / 'overlap_singularities.png')
 

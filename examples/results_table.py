@@ -48,6 +48,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--output', type=Path, default=Path('output/training_dynamics.png'), help='of --curves')
     args = parser.parse_args(argv)
     if args.curves is None:
+        if not args.results.is_file():
+            parser.error(f'expected a CSV of results, got {args.results}')
         print_table(args.results)
         return
     runs = {}
@@ -57,6 +59,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             parser.error(f'expected --curves NAME=CSV with the metrics.csv of a run, got {curve!r}')
         with open(path, newline='') as f:
             runs[name] = list(csv.DictReader(f))
+        if not runs[name]:
+            parser.error(f'expected at least one epoch in {path}, got none')
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(runs, args.output)
 

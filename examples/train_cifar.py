@@ -10,23 +10,27 @@ The data is an image folder (train/<class>/*, test/<class>/*, all images of one 
 is held on the device as a whole, and augmented there. The recipe (Section 6.2 and the authors' code): SGD with
 Nesterov momentum 0.9, weight decay 1e-4 on every parameter, batches of 64, learning rate 0.1 (scaled with the batch
 size), divided by 10 in epochs 150 and 225 of 300 (counted from 1); flips, zero-padded random crops and a cyclic shift.
-The last incomplete batch of an epoch is left out.
+Unlike there, the last incomplete batch of an epoch is left out.
 
 Everything goes to --output: metrics.csv and curves.png after every epoch; last.pth.tar, a checkpoint that timm's
 scripts can read; and at the end model.safetensors, evaluated as it is in float32, with its row of results in
-result.csv. The same command goes on where the run was killed or paused, exactly. The error that counts is that of the
-last epoch. Choose hyperparameters with --held-out, which sets training images aside and leaves the test images alone.
+result.csv. The same command goes on where the run was killed, stopped (Ctrl-C) or paused: exactly, as far as the
+kernels of the device repeat themselves, as those of a CPU do with the same number of threads. The error that counts is
+that of the last epoch. Choose hyperparameters with --held-out, which sets training images aside and leaves the test
+images alone.
 """
 import argparse
 import csv
 import hashlib
 import math
 import os
+import signal
 import subprocess
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import matplotlib
@@ -46,13 +50,15 @@ from benchmark import machine
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
+import timm_gunn
+
 Row = Dict[str, Any]
 bar = partial(tqdm, leave=False, disable=None)  # silent where the output is no terminal
 
-# What a run may not change when it goes on.
+# What a run may not change when it goes on, besides its data.
 SETTINGS = (
-    'model', 'model_kwargs', 'dataset', 'held_out', 'dtype', 'epochs', 'minutes', 'batch_size', 'lr', 'weight_decay',
-    'momentum', 'schedule', 'cycles', 'smoothing', 'ema', 'shift', 'seed')
+    'model', 'model_kwargs', 'held_out', 'dtype', 'epochs', 'minutes', 'batch_size', 'lr', 'weight_decay', 'momentum',
+    'schedule', 'cycles', 'smoothing', 'ema', 'shift', 'seed')
 
 RESULT_COLUMNS = [
     'model', 'weights', 'data', 'images', 'recipe', 'epochs', 'seed', 'error', 'loss', 'minutes', 'hardware',
@@ -93,30 +99,44 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     recipe.add_argument('--shift', type=float, default=2 / 3, help='probability of the cyclic shift')
     recipe.add_argument('--seed', type=int, default=0)
     run = parser.add_argument_group('run')
-    run.add_argument('--output', type=Path, default=Path('output/train_cifar'))
+    run.add_argument('--output', type=Path, help='(default: output/MODEL-SCHEDULE-EPOCHS-SEED)')
     run.add_argument('--checkpoint-minutes', type=float, default=5.0, help='time between checkpoints')
     run.add_argument('--pause-after', type=float, default=math.inf, metavar='MINUTES',
                      help='write a checkpoint and leave, to go on another time')
     run.add_argument('--results', type=Path, help='add the row of results to this CSV, too')
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError:  # of timm's ParseKwargs
+        parser.error('expected --model-kwargs NAME=VALUE ...')
 
     if args.epochs is not None and args.minutes is not None:
         parser.error('expected --epochs or --minutes, got both')
     if args.epochs is None and args.minutes is None:
         args.epochs = 300
     for name, low in dict(epochs=1, batch_size=2, cycles=1, held_out=0, checkpoint_minutes=0, weight_decay=0).items():
-        if (value := getattr(args, name)) is not None and value < low:
+        if (value := getattr(args, name)) is not None and not low <= value < math.inf:
             parser.error(f'expected --{name.replace("_", "-")} >= {low}, got {value}')
-    for name in ('smoothing', 'ema', 'shift', 'momentum'):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f'expected --{name} in [0, 1], got {getattr(args, name)}')
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f'expected --minutes > 0, got {args.minutes}')
+    for name in ('lr', 'minutes'):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            parser.error(f'expected --{name} > 0, got {value}')
+    for name in ('smoothing', 'ema', 'momentum'):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f'expected 0 <= --{name} < 1, got {getattr(args, name)}')
+    if not 0 <= args.shift <= 1:
+        parser.error(f'expected 0 <= --shift <= 1, got {args.shift}')
     if args.epochs is not None and (problem := schedule_problem(args.schedule, args.epochs, args.cycles)):
         parser.error(problem)
-    args.dtype = args.dtype or ('bfloat16' if args.device.startswith('cuda') else 'float32')
-    if args.dtype == 'float16' and not args.device.startswith('cuda'):
+    cuda = args.device.startswith('cuda')
+    if not cuda and args.device != 'cpu':
+        parser.error(f'expected --device cpu or cuda, got {args.device}')
+    if args.dtype is None:
+        bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = 'bfloat16' if bfloat16 else 'float32'
+    if args.dtype == 'float16' and not cuda:
         parser.error(f'expected --dtype float32 or bfloat16 on {args.device}, got float16')
+    if args.output is None:
+        budget = args.epochs or f'{args.minutes:g}min'
+        args.output = Path('output') / f'{args.model}-{args.schedule}-{budget}-{args.seed}'
     return args
 
 
@@ -127,8 +147,15 @@ class Split(NamedTuple):
     labels: torch.Tensor  # (n,) int64
 
 
-def load_data(args: argparse.Namespace) -> Tuple[Split, Split, List[str]]:
-    """Training images, images to evaluate on, names of the classes."""
+class Data(NamedTuple):
+    train: Split
+    test: Split  # or the held-out training images
+    classes: List[str]
+    fingerprint: str  # of all pixels and labels
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The images, on the device."""
     if args.dataset == 'folder':
         train, classes = load_folder(args.data_dir / 'train')
         test = None
@@ -154,10 +181,13 @@ def load_data(args: argparse.Namespace) -> Tuple[Split, Split, List[str]]:
             Split(*(t[part] for t in train)) for part in (order[:args.held_out], order[args.held_out:]))
     if len(train.labels) < args.batch_size:
         raise SystemExit(f'expected at least one batch of {args.batch_size} images, got {len(train.labels)}')
+    digest = hashlib.sha256(repr(classes).encode())
+    for t in (*train, *test):
+        digest.update(t.contiguous().numpy())
     train, test = (
         Split(s.images.to(args.device, memory_format=torch.channels_last), s.labels.to(args.device))
         for s in (train, test))
-    return train, test, classes
+    return Data(train, test, classes, digest.hexdigest()[:16])
 
 
 def load_folder(folder: Path) -> Tuple[Split, List[str]]:
@@ -235,19 +265,23 @@ def make_scheduler(
 class Run:
     """A run of training: all that changes from step to step, and so all that a checkpoint holds."""
 
-    def __init__(self, args: argparse.Namespace, num_classes: int, num_images: int):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, data: Data):
+        self.args, self.settings = args, settings(args, data)
+        num_classes, num_images = len(data.classes), len(data.train.labels)
         torch.manual_seed(args.seed)
         self.model = timm.create_model(args.model, num_classes=num_classes, **args.model_kwargs)
         self.model.to(args.device, memory_format=torch.channels_last)
-        self.config = timm.data.resolve_model_data_config(self.model)
-        self.mean, self.std = (torch.tensor(self.config[k], device=args.device) for k in ('mean', 'std'))
+        tag = self.model.pretrained_cfg.get('tag')
+        if {tag, args.dataset} in ({'c10', 'cifar100'}, {'c100', 'cifar10'}):
+            raise SystemExit(f'{args.model} is normalised for {tag}; expected another tag for --dataset {args.dataset}')
+        config = timm.data.resolve_model_data_config(self.model)
+        self.mean, self.std = (torch.tensor(config[k], device=args.device) for k in ('mean', 'std'))
         self.forward = torch.compile(self.model, mode=args.compile) if args.compile else self.model
         self.steps = num_images // args.batch_size
         self.num_images = num_images
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=args.lr * args.batch_size / 64, momentum=args.momentum, nesterov=True,
-            weight_decay=args.weight_decay)
+            self.model.parameters(), lr=args.lr * args.batch_size / 64, momentum=args.momentum,
+            nesterov=args.momentum > 0, weight_decay=args.weight_decay, fused=args.device.startswith('cuda'))
         self.scheduler = make_scheduler(self.optimizer, args.schedule, args.epochs, self.steps, args.cycles)
         self.scaler = torch.amp.GradScaler(enabled=args.dtype == 'float16')
         self.ema = timm.utils.ModelEmaV3(self.model, decay=args.ema) if args.ema else None
@@ -257,7 +291,7 @@ class Run:
         self.sums = torch.zeros(2, dtype=torch.float64, device=args.device)  # of the epoch: losses, wrong predictions
         self.history: List[Row] = []
         self.seconds = 0.0
-        self.commits = [commit()]
+        self.origins = [origin(args)]  # hardware, versions and commit of every process that has had a part in it
 
     @property
     def done(self) -> bool:
@@ -282,7 +316,7 @@ class Run:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.args.smoothing)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # a step that float16 makes it skip counts for the schedule all the same
         self.scaler.update()
         self.rate = self.optimizer.param_groups[0]['lr']
         self.scheduler.step()
@@ -291,24 +325,30 @@ class Run:
             self.ema.update(self.model, step=self.step)
         self.sums += torch.stack([loss.detach(), (logits.argmax(1) != labels).float().mean()])
 
-    def probabilities(self, model: nn.Module, forward: Callable, split: Split) -> torch.Tensor:
-        """Of the classes, (n, classes) float32."""
+    def models(self) -> Dict[str, Tuple[nn.Module, Callable]]:
+        """The models to evaluate, each with what computes it."""
+        ema = {} if self.ema is None else dict(ema=(self.ema.module, self.ema.module))
+        return dict(eval=(self.model, self.forward), **ema)
+
+    def log_probs(self, model: nn.Module, forward: Callable, split: Split) -> torch.Tensor:
+        """Of the classes, (n, classes) float64."""
         model.eval()
         with torch.inference_mode():
             return torch.cat([
-                forward(normalise(images, self.mean, self.std)).float().softmax(1)
+                forward(normalise(images, self.mean, self.std)).double().log_softmax(1)
                 for images in bar(split.images.split(256), desc='evaluating', unit='batch')])
+
+    def finite(self) -> bool:
+        """Whether losses and weights are."""
+        return all(t.isfinite().all() for t in (self.sums, *self.model.parameters()))
 
     def end_epoch(self, test: Split) -> None:
         """Evaluate, and write down the epoch."""
         loss, error = (self.sums / self.steps).tolist()
         row = dict(epoch=len(self.history) + 1, lr=self.rate, train_loss=loss, train_error=100 * error)
-        models = dict(test=(self.model, self.forward))
-        if self.ema is not None:
-            models['ema'] = (self.ema.module, self.ema.module)
-        for name, (model, forward) in models.items():
+        for name, (model, forward) in self.models().items():
             with self.autocast():
-                loss, error = evaluate(self.probabilities(model, forward, test), test.labels)
+                loss, error = evaluate(self.log_probs(model, forward, test), test.labels)
             row.update({f'{name}_loss': loss, f'{name}_error': error})
         self.history.append(row)
         self.sums.zero_()
@@ -317,13 +357,13 @@ class Run:
         """Tensors and plain values, under timm's names where timm has some."""
         device = self.args.device
         return dict(
-            arch=self.args.model, settings=settings(self.args), epochs=self.args.epochs, step=self.step,
+            arch=self.args.model, settings=self.settings, epochs=self.args.epochs, step=self.step,
             state_dict=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(), scaler=self.scaler.state_dict(), sums=self.sums,
             **(dict(state_dict_ema=self.ema.module.state_dict()) if self.ema is not None else {}),
             rng=torch.get_rng_state(), rng_augment=self.generator.get_state(),
             **(dict(rng_cuda=torch.cuda.get_rng_state(device)) if device.startswith('cuda') else {}),
-            history=self.history, rate=self.rate, seconds=self.seconds, commits=self.commits)
+            history=self.history, rate=self.rate, seconds=self.seconds, origins=self.origins)
 
     def restore(self, state: Dict[str, Any]) -> None:
         self.model.load_state_dict(state['state_dict'])
@@ -338,26 +378,27 @@ class Run:
         self.sums.copy_(state['sums'])
         for name in ('step', 'history', 'rate', 'seconds'):
             setattr(self, name, state[name])
-        self.commits = list(dict.fromkeys(state['commits'] + self.commits))
+        self.origins = state['origins'] + [
+            here for here in self.origins if here not in state['origins'] and not self.done]
 
 
-def settings(args: argparse.Namespace) -> Dict[str, Any]:
+def settings(args: argparse.Namespace, data: Data) -> Dict[str, Any]:
+    """What has to be the same when a run goes on."""
     chosen = {name: getattr(args, name) for name in SETTINGS}
     if args.minutes is not None:
         chosen['epochs'] = None  # found by a measurement
-    return dict(chosen, device=args.device.split(':')[0])
+    return dict(chosen, device=args.device.split(':')[0], data=data.fingerprint)
 
 
-def evaluate(probs: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:
+def evaluate(log_probs: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:
     """Cross-entropy and error in percent."""
-    loss = F.nll_loss(probs.double().clamp_min(1e-45).log(), labels).item()
-    return loss, 100 * (probs.argmax(1) != labels).double().mean().item()
+    return F.nll_loss(log_probs, labels).item(), 100 * (log_probs.argmax(1) != labels).double().mean().item()
 
 
-def epochs_within(args: argparse.Namespace, train: Split, test: Split, num_classes: int) -> int:
-    """How many epochs fit into args.minutes, evaluation included, by the speed of a few steps that are thrown away."""
-    run = Run(argparse.Namespace(**{**vars(args), 'epochs': 12 * args.cycles}), num_classes, len(train.labels))
-    part = Split(*(t[:256] for t in test))
+def epochs_within(args: argparse.Namespace, data: Data) -> int:
+    """How many epochs of training and evaluation fit into args.minutes, by a few steps that are thrown away."""
+    run = Run(argparse.Namespace(**{**vars(args), 'epochs': 1000 * args.cycles}), data)
+    part = Split(*(t[:256] for t in data.test))
 
     def seconds(work: Callable[[], Any], times: int) -> float:
         start = time.perf_counter()
@@ -367,15 +408,16 @@ def epochs_within(args: argparse.Namespace, train: Split, test: Split, num_class
         return (time.perf_counter() - start) / times
 
     def step() -> None:
-        run.train_step(*(t[:args.batch_size] for t in train))
+        run.train_step(*(t[:args.batch_size] for t in data.train))
 
     def predict() -> None:
         with run.autocast():
-            run.probabilities(run.model, run.forward, part)
+            for model, forward in run.models().values():
+                run.log_probs(model, forward, part)
 
     seconds(step, 3)
-    seconds(predict, 1)
-    epoch = seconds(step, 10) * run.steps + seconds(predict, 2) * len(test.labels) / len(part.labels)
+    seconds(predict, 3)
+    epoch = seconds(step, 10) * run.steps + seconds(predict, 2) * len(data.test.labels) / len(part.labels)
     epochs = int(args.minutes * 60 / epoch)
     if args.schedule == 'snapshot':
         epochs -= epochs % args.cycles
@@ -387,17 +429,34 @@ def epochs_within(args: argparse.Namespace, train: Split, test: Split, num_class
     return epochs
 
 
-def train(run: Run, train: Split, test: Split) -> bool:
-    """Train to the end, or to --pause-after; True if to the end."""
+@contextmanager
+def signals() -> Iterator[List[int]]:
+    """A list that gets the first SIGINT (Ctrl-C) or SIGTERM; a second one does what it always does."""
+    caught: List[int] = []
+
+    def catch(number: int, _: Optional[FrameType]) -> None:
+        caught.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, data: Data) -> bool:
+    """Train to the end, or until --pause-after or a signal; True if to the end."""
     args, output = run.args, run.args.output
     start, before = time.perf_counter(), run.seconds
-    saved = start
+    saved = drawn = start
 
     def check() -> None:
-        if not math.isfinite(run.sums[0].item()):
+        if not run.finite():
             raise SystemExit(
-                f'the loss is not finite in epoch {len(run.history) + 1}; {output / "last.pth.tar"}, where there is '
-                'one, is from before. A lower --lr may help.')
+                f'losses or weights are not finite in epoch {len(run.history) + 1}; {output / "last.pth.tar"}, where '
+                'there is one, is from before. A lower --lr (with another --output) may help.')
 
     def save() -> None:
         nonlocal saved
@@ -407,32 +466,36 @@ def train(run: Run, train: Split, test: Split) -> bool:
         with replacing(output / 'last.pth.tar') as path:
             torch.save(run.state(), path)
 
-    while not run.done:
-        epoch = len(run.history)
-        order = run.order(epoch)
-        with bar(total=run.steps, initial=run.step - epoch * run.steps, unit='step',
-                  desc=f'epoch {epoch + 1}/{args.epochs}') as progress:
-            while run.step < (epoch + 1) * run.steps:
-                i = run.step - epoch * run.steps
-                run.train_step(*(t[order[i]] for t in train))
-                progress.update()
-                if (i + 1) % 10 == 0:
-                    progress.set_postfix(loss=f'{run.sums[0].item() / (i + 1):.3f}')
-                now = time.perf_counter()
-                if now - start > 60 * args.pause_after:
-                    save()
-                    return False
-                if now - saved > 60 * args.checkpoint_minutes and i + 1 < run.steps:
-                    save()
-        check()
-        if args.schedule == 'snapshot' and (epoch + 1) % (args.epochs // args.cycles) == 0:
-            save_weights(run.model, snapshot_path(output, (epoch + 1) * args.cycles // args.epochs))
-        run.end_epoch(test)
-        run.history[-1]['minutes'] = (before + time.perf_counter() - start) / 60
-        if run.done or time.perf_counter() - saved > 60 * args.checkpoint_minutes:
-            save()
-        report(run)
-        print(', '.join(f'{k} {v:.4g}' for k, v in run.history[-1].items()), flush=True)
+    with signals() as caught:
+        while not run.done:
+            epoch = len(run.history)
+            order = run.order(epoch)
+            with bar(total=run.steps, initial=run.step - epoch * run.steps, unit='step',
+                     desc=f'epoch {epoch + 1}/{args.epochs}') as progress:
+                while run.step < (epoch + 1) * run.steps:
+                    i = run.step - epoch * run.steps
+                    run.train_step(*(t[order[i]] for t in data.train))
+                    progress.update()
+                    if not progress.disable and (i + 1) % 10 == 0:
+                        progress.set_postfix(loss=f'{run.sums[0].item() / (i + 1):.3f}')
+                    now = time.perf_counter()
+                    if caught or now - start > 60 * args.pause_after:
+                        save()
+                        return False
+                    if now - saved > 60 * args.checkpoint_minutes and i + 1 < run.steps:
+                        save()
+            check()
+            if args.schedule == 'snapshot' and (epoch + 1) % (args.epochs // args.cycles) == 0:
+                save_weights(run.model, snapshot_path(output, (epoch + 1) * args.cycles // args.epochs))
+            run.end_epoch(data.test)
+            now = time.perf_counter()
+            run.history[-1]['minutes'] = (before + now - start) / 60
+            if run.done or now - saved > 60 * args.checkpoint_minutes:
+                save()
+            report(run, curves=run.done or now - drawn > 60)  # an epoch can be shorter than a drawing
+            if now - drawn > 60:
+                drawn = now
+            print(', '.join(f'{k} {v:.4g}' for k, v in run.history[-1].items()), flush=True)
     return True
 
 
@@ -468,11 +531,12 @@ def write_csv(path: Path, rows: List[Row]) -> None:
         writer.writerows(rows)
 
 
-def report(run: Run) -> None:
+def report(run: Run, curves: bool = True) -> None:
     """metrics.csv and curves.png, of all epochs so far."""
     if run.history:
         write_csv(run.args.output / 'metrics.csv', run.history)
-        draw_curves({run.args.model: run.history}, run.args.output / 'curves.png')
+        if curves:
+            draw_curves({run.args.model: run.history}, run.args.output / 'curves.png')
 
 
 def draw_curves(runs: Dict[str, List[Row]], path: Path) -> None:
@@ -480,7 +544,7 @@ def draw_curves(runs: Dict[str, List[Row]], path: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
     for ax, kind, label in zip(axes, ('loss', 'error'), ('cross-entropy', 'error (%)'), strict=True):
         for i, (name, rows) in enumerate(runs.items()):
-            for split, style in (('train', '--'), ('test', '-'), ('ema', ':')):
+            for split, style in (('train', '--'), ('eval', '-'), ('ema', ':')):
                 if f'{split}_{kind}' in rows[0]:
                     ax.plot(
                         [int(r['epoch']) for r in rows], [float(r[f'{split}_{kind}']) for r in rows], style,
@@ -493,34 +557,36 @@ def draw_curves(runs: Dict[str, List[Row]], path: Path) -> None:
     plt.close(fig)
 
 
-def finish(run: Run, test: Split, classes: List[str]) -> None:
+def finish(run: Run, data: Data) -> None:
     """Write the weights, evaluate the files as they are, in float32, and write the results down."""
     args, rows = run.args, []
-    models = dict(model=run.model)
-    if run.ema is not None:
-        models['model_ema'] = run.ema.module
-    for name, model in models.items():
-        path = args.output / f'{name}.safetensors'
+    about = dict(
+        data=dataset_name(args), images=len(data.test.labels), recipe=recipe(args), epochs=args.epochs, seed=args.seed)
+    for name, (model, _) in run.models().items():
+        weights = 'EMA' if name == 'ema' else 'raw'
+        path = args.output / ('model_ema.safetensors' if name == 'ema' else 'model.safetensors')
         save_weights(model, path)
-        loss, error = evaluate(file_probabilities(run, path, test, len(classes)), test.labels)
-        machine_row = machine(args)
+        loss, error = evaluate(file_log_probs(run, path, data), data.test.labels)
+        origins = {k: '; then '.join(dict.fromkeys(o[k] for o in run.origins)) for k in run.origins[0]}
         row = dict(
-            model=args.model, weights='EMA' if name == 'model_ema' else 'raw', data=dataset_name(args),
-            images=len(test.labels), recipe=recipe(args), epochs=args.epochs, seed=args.seed, error=round(error, 4),
-            loss=round(loss, 5), minutes=round(run.history[-1]['minutes'], 1), hardware=machine_row.pop('hardware'),
-            versions=', '.join(f'{k} {machine_row.pop(k)}' for k in ('torch', 'timm', 'timm_gunn', 'python')),
-            commit=' '.join(run.commits), command=machine_row['command'], file=path.name,
+            **about, **origins, model=args.model, weights=weights, error=round(error, 4), loss=round(loss, 5),
+            minutes=round(run.history[-1]['minutes'], 1), command=machine(args)['command'], file=path.name,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        assert list(row) == RESULT_COLUMNS
-        rows.append(row)
-        print(f'{args.model}, {row["weights"]} weights, {args.epochs} epochs: {error:.2f} % error on '
-              f'{len(test.labels)} images of {row["data"]}; {path}, sha256 {row["sha256"][:16]}')
-    if args.results is not None:
-        hashes = [row['sha256'] for row in rows]  # a run that was killed here does not add its rows twice
-        write_csv(args.results, [row for row in read_results(args.results) if row['sha256'] not in hashes] + rows)
+        rows.append({column: row[column] for column in RESULT_COLUMNS})
+        print(f'{args.model}, {weights} weights, {args.epochs} epochs: {error:.2f} % error on '
+              f'{len(data.test.labels)} images of {about["data"]}; {path}')
     if args.schedule == 'snapshot':
-        write_csv(args.output / 'ensemble.csv', ensemble(run, test, len(classes)))
+        write_csv(args.output / 'ensemble.csv', [dict(model=args.model, **about, **row) for row in ensemble(run, data)])
+    if args.results is not None:
+        with locked(args.results.with_suffix('.lock'), wait=True):
+            runs = [identity(row) for row in rows]
+            write_csv(args.results, [row for row in read_results(args.results) if identity(row) not in runs] + rows)
     write_csv(args.output / 'result.csv', rows)  # last: where it is, the run has ended
+
+
+def identity(row: Row) -> Tuple[str, ...]:
+    """What makes a row that of the same run, of which there is one row: a run that has ended may be called again."""
+    return tuple(str(row[k]) for k in ('model', 'weights', 'data', 'images', 'recipe', 'epochs', 'seed'))
 
 
 def read_results(path: Path) -> List[Row]:
@@ -534,22 +600,23 @@ def read_results(path: Path) -> List[Row]:
         return list(reader)
 
 
-def file_probabilities(run: Run, path: Path, test: Split, num_classes: int) -> torch.Tensor:
-    model = timm.create_model(run.args.model, num_classes=num_classes, **run.args.model_kwargs)
+def file_log_probs(run: Run, path: Path, data: Data) -> torch.Tensor:
+    """Log-probabilities (n, classes) of the weights in a file, computed in float32, without TensorFloat-32."""
+    model = timm.create_model(run.args.model, num_classes=len(data.classes), **run.args.model_kwargs)
     model.load_state_dict(safetensors.torch.load_file(path))
     model.to(run.args.device, memory_format=torch.channels_last)
-    return run.probabilities(model, model, test)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return run.log_probs(model, model, data.test)
 
 
-def ensemble(run: Run, test: Split, num_classes: int) -> List[Row]:
+def ensemble(run: Run, data: Data) -> List[Row]:
     """Errors of the last m snapshots, their probabilities averaged, for m = 1 to all (Huang et al. 2017, Section 3)."""
-    rows, total = [], torch.zeros((), device=run.args.device)
+    rows, members = [], []
     for m in range(1, run.args.cycles + 1):
         cycle = run.args.cycles + 1 - m
-        probs = file_probabilities(run, snapshot_path(run.args.output, cycle), test, num_classes)
-        total = total + probs
-        _, single = evaluate(probs, test.labels)
-        loss, error = evaluate(total / m, test.labels)
+        members.append(file_log_probs(run, snapshot_path(run.args.output, cycle), data))
+        _, single = evaluate(members[-1], data.test.labels)
+        loss, error = evaluate(torch.stack(members).logsumexp(0) - math.log(m), data.test.labels)
         rows.append(dict(m=m, snapshot=cycle, snapshot_error=single, ensemble_error=error, ensemble_loss=loss))
         print(f'last {m} snapshots: {error:.2f} % error; snapshot {cycle} alone: {single:.2f} %')
     return rows
@@ -567,46 +634,84 @@ def recipe(args: argparse.Namespace) -> str:
         parts[0] += f' of {args.cycles} cycles'
     defaults = dict(smoothing=0.0, ema=0.0, shift=2 / 3, weight_decay=1e-4, momentum=0.9)
     parts += [f'{k} {getattr(args, k):g}' for k, default in defaults.items() if getattr(args, k) != default]
-    return ', '.join(parts)
+    return ', '.join(parts + [f'{k}={v}' for k, v in args.model_kwargs.items()])
 
 
-def commit() -> str:
-    """Of this file, marked if something has been changed since."""
-    result = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'], cwd=Path(__file__).parent,
-        capture_output=True, text=True)
-    return result.stdout.strip() or 'unknown'
+def origin(args: argparse.Namespace) -> Dict[str, str]:
+    """Hardware, versions, and the commits of this file and of the package, with a + if they have been changed since."""
+    def commit(folder: Path) -> str:
+        def git(*command: str) -> str:
+            return subprocess.run(['git', *command], cwd=folder, capture_output=True, text=True).stdout.strip()
+        try:
+            return (git('rev-parse', '--short=12', 'HEAD') or 'none') + ('+' if git('status', '-s', '.') else '')
+        except OSError:
+            return 'unknown, without git'
+
+    about = machine(args)
+    commits = {commit(Path(module).parent): None for module in (__file__, timm_gunn.__file__)}
+    return dict(
+        hardware=about['hardware'], commit=' and '.join(commits),
+        versions=', '.join(f'{k} {about[k]}' for k in ('torch', 'timm', 'timm_gunn', 'python')))
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a file against other processes of this script, where the system has such locks."""
+    with open(path, 'w') as f:
+        try:
+            import fcntl
+        except ImportError:
+            pass
+        else:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise SystemExit(f'another process trains in {path.parent}; expected another --output') from None
+        yield
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     if args.results is not None:
         read_results(args.results)  # what is wrong with it had better be said before the training
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True
+    data = load_data(args)
     args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output / 'last.pth.tar'
-    state = None
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location='cpu', weights_only=True)
-        changed = {k: (v, settings(args)[k]) for k, v in state['settings'].items() if v != settings(args)[k]}
-        if changed:
-            changes = ', '.join(f'{k} {old} (now {new})' for k, (old, new) in changed.items())
-            raise SystemExit(f'{checkpoint} is of a run with {changes}; expected the same settings or another --output')
-        args.epochs = state['epochs']
-    train_split, test_split, classes = load_data(args)
-    if args.epochs is None:
-        args.epochs = epochs_within(args, train_split, test_split, len(classes))
+    with locked(args.output / '.lock', wait=False):
+        state = load_checkpoint(args, data)
+        if state is not None:
+            args.epochs = state['epochs']
+        elif args.epochs is None:
+            args.epochs = epochs_within(args, data)
+        run = Run(args, data)
+        if state is not None:
+            run.restore(state)
+            report(run)
+            print(f'going on after {run.step} of {args.epochs * run.steps} steps')
+        print(f'{args.output}: {args.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters, '
+              f'{len(data.classes)} classes, {len(data.train.labels)} training images, {args.epochs} epochs of '
+              f'{run.steps} steps')
+        if train(run, data):
+            finish(run, data)
+        else:
+            print(f'paused after {run.step} of {args.epochs * run.steps} steps; the same command goes on')
 
-    run = Run(args, len(classes), len(train_split.labels))
-    if state is not None:
-        run.restore(state)
-        report(run)
-        print(f'going on after {run.step} of {args.epochs * run.steps} steps')
-    print(f'{args.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(classes)} classes, '
-          f'{len(train_split.labels)} training images, {args.epochs} epochs of {run.steps} steps')
-    if train(run, train_split, test_split):
-        finish(run, test_split, classes)
-    else:
-        print(f'paused after {run.step} of {args.epochs * run.steps} steps; the same command goes on')
+
+def load_checkpoint(args: argparse.Namespace, data: Data) -> Optional[Dict[str, Any]]:
+    """The state that a run of the same settings has left behind, if there is one."""
+    path = args.output / 'last.pth.tar'
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    if 'settings' not in state:
+        raise SystemExit(f'{path} is not a checkpoint of this script; expected another --output')
+    new = settings(args, data)
+    changed = [f'{k} {old} (now {new.get(k)})' for k, old in state['settings'].items() if old != new.get(k)]
+    if changed:
+        raise SystemExit(
+            f'{path} is of a run with {", ".join(changed)}; expected the same settings or another --output')
+    return state
 
 
 if __name__ == '__main__':

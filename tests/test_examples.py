@@ -83,18 +83,25 @@ def test_results_table(tmp_path, capsys):
 def test_training_dynamics(tmp_path, capsys):
     metrics, output = tmp_path / 'metrics.csv', tmp_path / 'new' / 'curves.png'
     metrics.write_text(
-        'epoch,lr,train_loss,train_error,test_loss,test_error,minutes\n1,0.1,2,80,1.5,60,1\n2,0.01,1,30,0.9,28,2\n')
+        'epoch,lr,train_loss,train_error,eval_loss,eval_error,minutes\n1,0.1,2,80,1.5,60,1\n2,0.01,1,30,0.9,28,2\n')
     results_table.main(['--curves', f'a={metrics}', f'b={metrics}', '--output', str(output)])
     assert output.read_bytes().startswith(b'\x89PNG')
     with pytest.raises(SystemExit):
         results_table.main(['--curves', 'metrics.csv'])
     assert "expected --curves NAME=CSV with the metrics.csv of a run, got 'metrics.csv'" in capsys.readouterr().err
+    metrics.write_text('epoch,lr\n')
+    with pytest.raises(SystemExit):
+        results_table.main(['--curves', f'a={metrics}'])
+    assert f'expected at least one epoch in {metrics}, got none' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        results_table.main(['--results', 'nowhere.csv'])
+    assert 'expected a CSV of results, got nowhere.csv' in capsys.readouterr().err
 
 
 def test_reproduce_script(tmp_path):
     """Its commands, as it gives them to a stand-in for python, are ones that the trainer takes."""
     (tmp_path / 'python').write_text(
-        '#!/bin/sh\necho "$@" >> "$LOG"\nwhile [ "$1" != --output ]; do shift; done\n'
+        '#!/bin/sh\nprintf "%s\\t" "$@" >> "$LOG"; echo >> "$LOG"\nwhile [ "$1" != --output ]; do shift; done\n'
         'if [ -z "$PAUSE" ]; then mkdir -p "$2"; touch "$2/result.csv"; fi\n')
     (tmp_path / 'python').chmod(0o755)
     (tmp_path / 'data' / 'cifar-100-python').mkdir(parents=True)
@@ -103,14 +110,14 @@ def test_reproduce_script(tmp_path):
         log = tmp_path / 'log'
         log.write_text('')
         result = subprocess.run(
-            [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'data', '--device', 'cpu'],
-            capture_output=True, text=True, env={
+            [EXAMPLES.parent / 'weights' / 'reproduce.sh', 'data', 'a copy', '--device', 'cpu'],
+            capture_output=True, text=True, cwd=tmp_path, env={
                 **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'LOG': str(log),
                 'OUTPUT': str(tmp_path / 'out'), 'EPOCHS': '7', 'SEEDS': '3 4', **env})
         assert result.returncode == 0, result.stderr
-        commands = [line.split() for line in log.read_text().splitlines()]
+        commands = [line.split('\t') for line in log.read_text().splitlines()]
         assert all(command[0] == 'examples/train_cifar.py' for command in commands)
-        return [train_cifar.parse_args(command[1:]) for command in commands], result.stdout
+        return [train_cifar.parse_args(command[1:-1]) for command in commands], result.stdout
 
     runs, printed = reproduce(PAUSE='1')
     assert len(runs) == 1
@@ -119,12 +126,18 @@ def test_reproduce_script(tmp_path):
     assert [(r.model, r.epochs, r.schedule, r.seed) for r in runs] == [
         ('gunn15', 7, 'onecycle', 3), ('sunn15', 7, 'onecycle', 3), ('gunn15_nores', 7, 'onecycle', 3),
         ('gunn15', 7, 'onecycle', 4), ('sunn15', 7, 'onecycle', 4), ('gunn15_nores', 7, 'onecycle', 4),
-        ('gunn15', 300, 'step', 0), ('gunn24', 7, 'onecycle', 0), ('sunn24', 7, 'onecycle', 0),
+        ('gunn15', 300, 'step', 0), ('gunn15', 300, 'snapshot', 0),
+        ('gunn24', 7, 'onecycle', 0), ('sunn24', 7, 'onecycle', 0),
         ('gunn15.c100', 7, 'onecycle', 0), ('sunn15.c100', 7, 'onecycle', 0)]
     assert len({r.output for r in runs}) == len(runs)
     assert {r.device for r in runs} == {'cpu'}
-    assert [r.dataset for r in runs] == ['folder'] * 9 + ['cifar100'] * 2
+    assert {r.data_dir for r in runs} == {tmp_path / 'data'}
+    assert [(r.dataset, r.dataset_name) for r in runs] == [('folder', 'a copy')] * 10 + [('cifar100', None)] * 2
     assert reproduce() == ([], '')  # all done
+    result = subprocess.run(
+        [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'a copy'], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert 'usage: weights/reproduce.sh DATA_DIR NAME' in result.stderr
 
 
 def test_tiny_imagenet(tmp_path):

@@ -1,4 +1,5 @@
 """Section 4 of the paper: what a collapsed pair of neurons does under gradient descent."""
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,19 @@ from torch.testing import assert_close
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
-from overlap_singularities import CASES, Case, Layer, descend, distance, follow, losses, main, problem, segment_of
+from overlap_singularities import (
+    CASES,
+    RELU_CASES,
+    Case,
+    Layer,
+    descend,
+    distance,
+    follow,
+    losses,
+    main,
+    problem,
+    segment_of,
+)
 
 SEEDS = 5
 
@@ -21,8 +34,11 @@ def start(case, relu):
     return Layer(case, relu, SEEDS), x, target, x_test
 
 
-@pytest.mark.parametrize('relu', [False, True])
-@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+NETWORKS = [pytest.param(case, relu, id=f'{"ReLU" if relu else "linear"}, {name}')
+            for relu, cases in ((False, CASES), (True, RELU_CASES)) for name, case in cases.items()]
+
+
+@pytest.mark.parametrize(('case', 'relu'), NETWORKS)
 def test_forward_is_the_equation(case, relu):
     """Neuron by neuron, seed by seed, image by image (Eq. 7 to 9)."""
     layer, x, _, _ = start(case, relu)
@@ -43,8 +59,7 @@ def test_forward_is_the_equation(case, relu):
         assert_close(out[seed, image], layer.A[seed] @ s)
 
 
-@pytest.mark.parametrize('relu', [False, True])
-@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+@pytest.mark.parametrize(('case', 'relu'), NETWORKS)
 def test_pairs_start_collapsed_and_alive(case, relu):
     layer, _, _, x_test = start(case, relu)
     assert (distance(layer, x_test) > 0.1).all()
@@ -65,12 +80,34 @@ def test_collapse_persists_to_rounding(name, relu):
     assert (distances < 1e-11).all()
 
 
-def test_rounding_does_not_stay_small():
-    """The collapse of a linear network is a saddle: what rounding makes of it grows."""
-    distances, values = follow(CASES['plain'], False, SEEDS, 0.02, [0, 300, 3000])
-    assert (distances[1] < 1e-11).all()
-    assert (distances[2] > 1e-8).all()
-    assert (values < 0.45).all()
+@pytest.mark.parametrize('name', ['plain', 'residual', 'segments of 3, pair in one'])
+def test_linear_collapse_is_a_saddle(name):
+    """A distance far above rounding, and far below one, grows: by a hundred times and more over 1,000 steps."""
+    layer, x, target, x_test = start(CASES[name], False)
+    layer.collapse()
+    with torch.no_grad():
+        layer.U[:, CASES[name].pair[1]] += 1e-9 * torch.randn(SEEDS, 6, dtype=torch.float64)
+    before = distance(layer, x_test)
+    for _ in range(1000):
+        descend(layer, x, target, 0.02)
+    assert (before < 1e-8).all()
+    assert (distance(layer, x_test) > 100 * before).all()
+
+
+def test_equal_functions_are_not_enough_with_relu():
+    """Plain neurons that compute the same with other weights (2 U, v / 2) separate, at first order in the step."""
+    def separation(rate):
+        layer, x, target, x_test = start(CASES['plain'], True)
+        layer.collapse()
+        with torch.no_grad():
+            layer.U[:, CASES['plain'].pair[1]] *= 2
+            layer.v[:, CASES['plain'].pair[1]] /= 2
+        assert (distance(layer, x_test) == 0).all()
+        descend(layer, x, target, rate)
+        return distance(layer, x_test)
+
+    assert (separation(1e-4) > 1e-5).all()
+    assert_close(separation(1e-5) / separation(1e-6), torch.full((SEEDS,), 10.0, dtype=torch.float64), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize('relu', [False, True])
@@ -117,17 +154,14 @@ def test_the_exception():
     assert (distance(layer, x_test) > 1e-3).all()
 
 
-def test_residual_relu_separates_at_second_order():
-    """There, the collapsed neurons are not equal: the second step's gradients differ by what the first one changed."""
-    case, separation = CASES['residual'], []
-    for rate in (1e-4, 1e-5):
-        distances, _ = follow(case, True, SEEDS, rate, [0, 1])
-        separation.append(distances[1])
-    assert (separation[0] > 1e-10).all()
-    assert_close(separation[0] / separation[1], torch.full((SEEDS,), 100.0, dtype=torch.float64), rtol=0.1, atol=0)
-    # In the order it is of first order.
-    separation = [follow(CASES['gradual'], True, SEEDS, rate, [0, 1])[0][1] for rate in (1e-5, 1e-6)]
-    assert_close(separation[0] / separation[1], torch.full((SEEDS,), 10.0, dtype=torch.float64), rtol=0.1, atol=0)
+@pytest.mark.parametrize(('name', 'order'), [
+    ('residual', 1), ('residual, even split', 2), ('segments of 3, pair in one', 1), ('gradual', 1),
+    ('segments of 3, pair in two', 1)])
+def test_order_of_separation_with_relu(name, order):
+    """A step ten times smaller separates the pair 10 times less far, or 100 times where the first order cancels."""
+    first, second = (follow(RELU_CASES[name], True, SEEDS, rate, [0, 1])[0][1] for rate in (1e-5, 1e-6))
+    assert (second > 1e-13).all()
+    assert_close(first / second, torch.full((SEEDS,), 10.0 ** order, dtype=torch.float64), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize('name', ['plain', 'segments of 3, pair in one'])
@@ -144,7 +178,11 @@ def test_script(tmp_path):
     header, _, *body = result.stdout.splitlines()
     assert header == '| network | step 0 | step 1 | step 2 | loss at the end |'
     assert [line.split(' | ')[0] for line in body] == [
-        f'| {kind}, {name}' for kind in ('linear', 'ReLU') for name in CASES]
+        f'| {kind}, {name}' for kind, cases in (('linear', CASES), ('ReLU', RELU_CASES)) for name in cases]
+    with open(tmp_path / 'overlap_singularities.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 3 * len(body)
+    assert all(float(r['distance_min']) <= float(r['distance']) <= float(r['distance_max']) for r in rows)
     assert (tmp_path / 'overlap_singularities.png').read_bytes().startswith(b'\x89PNG')
 
 

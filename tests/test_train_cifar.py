@@ -1,12 +1,14 @@
 """The CIFAR trainer: schedules, augmentation, data, exact resumption, what it writes and what it says is wrong."""
+import argparse
 import csv
 import hashlib
 import itertools
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -78,8 +80,8 @@ def rows(path):
 
 def small_run(images, tmp_path, *options, seed=0):
     args = parse_args(arguments(images, tmp_path, '--seed', str(seed), *options))
-    train, test, classes = load_data(args)
-    return Run(args, len(classes), len(train.labels)), train, test
+    data = load_data(args)
+    return Run(args, data), data
 
 
 # --- Recipe ---
@@ -121,7 +123,7 @@ def test_onecycle_schedule():
 
 
 def test_optimizer_is_that_of_the_paper(images, tmp_path):
-    run, _, _ = small_run(images, tmp_path)
+    run, _ = small_run(images, tmp_path)
     group, = run.optimizer.param_groups  # weight decay on norms and biases, too
     assert len(group['params']) == len(list(run.model.parameters()))
     assert {k: group[k] for k in ('lr', 'momentum', 'dampening', 'nesterov', 'weight_decay')} == dict(
@@ -129,7 +131,7 @@ def test_optimizer_is_that_of_the_paper(images, tmp_path):
 
 
 def test_a_step_is_that_of_plain_pytorch(images, tmp_path):
-    run, train, _ = small_run(images, tmp_path, '--smoothing', '0.1', '--schedule', 'onecycle', '--ema', '0.75')
+    run, data = small_run(images, tmp_path, '--smoothing', '0.1', '--schedule', 'onecycle', '--ema', '0.75')
     torch.manual_seed(0)
     model = timm.create_model('gunn15', num_classes=CLASSES)
     assert_close(dict(model.state_dict()), dict(run.model.state_dict()))
@@ -139,7 +141,7 @@ def test_a_step_is_that_of_plain_pytorch(images, tmp_path):
     mean, std = (torch.tensor(v) / 255 for v in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
     model.to(memory_format=torch.channels_last)
     for lr in rates('onecycle', 300, 3, lr=0.1 * 8 / 64).flatten()[:3]:
-        x, labels = train.images[:8], train.labels[:8]
+        x, labels = data.train.images[:8], data.train.labels[:8]
         run.train_step(x, labels)
         x = augment((x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), generator)
         target = torch.full((8, CLASSES), 0.1 / CLASSES).scatter_(1, labels[:, None], 0.9 + 0.1 / CLASSES)
@@ -204,20 +206,21 @@ def test_augmentation_of_an_image_of_its_own():
 # --- Data ---
 
 def test_held_out_images_are_training_images_not_trained_on(images, tmp_path):
-    whole, _, _ = load_data(parse_args(arguments(images, tmp_path)))
+    whole = load_data(parse_args(arguments(images, tmp_path)))
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'train').symlink_to(images / 'train')  # the test images are not there
-    train, held_out, classes = load_data(parse_args(arguments(tmp_path / 'data', tmp_path, '--held-out', '5')))
-    assert len(classes) == CLASSES
-    assert len(held_out.labels) == 5
+    data = load_data(parse_args(arguments(tmp_path / 'data', tmp_path, '--held-out', '5')))
+    assert len(data.classes) == CLASSES
+    assert len(data.test.labels) == 5
 
     def as_set(*splits):
         return {(x.numpy().tobytes(), y.item()) for s in splits for x, y in zip(s.images, s.labels, strict=True)}
 
-    assert len(as_set(train)) + 5 == len(as_set(train, held_out)) == CLASSES * TRAIN
-    assert as_set(train, held_out) == as_set(whole)
+    assert len(as_set(data.train)) + 5 == len(as_set(data.train, data.test)) == CLASSES * TRAIN
+    assert as_set(data.train, data.test) == as_set(whole.train)
     args = parse_args(arguments(tmp_path / 'data', tmp_path, '--held-out', '5', '--seed', '9'))
-    assert as_set(load_data(args)[1]) == as_set(held_out)
+    assert as_set(load_data(args).test) == as_set(data.test)
+    assert load_data(args).fingerprint == data.fingerprint != whole.fingerprint
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
@@ -246,34 +249,40 @@ def test_torchvision_format(name, tmp_path, monkeypatch):
     md5 = write(cls.meta['filename'], {cls.meta['key']: [f'c{i}' for i in range(num_classes)]})
     monkeypatch.setattr(cls, 'meta', dict(cls.meta, md5=md5))
 
-    train, test, classes = load_data(parse_args(
-        ['--data-dir', str(tmp_path), '--dataset', name, '--batch-size', '2', '--device', 'cpu']))
-    assert len(classes) == num_classes
-    assert torch.cat([train.labels, test.labels]).tolist() == labels
+    args = parse_args(['--data-dir', str(tmp_path), '--dataset', name, '--batch-size', '2', '--device', 'cpu'])
+    data = load_data(args)
+    assert len(data.classes) == num_classes
+    assert torch.cat([data.train.labels, data.test.labels]).tolist() == labels
     expected = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)
-    assert torch.equal(torch.cat([train.images, test.images]), expected)
+    assert torch.equal(torch.cat([data.train.images, data.test.images]), expected)
+
+    # The mean and the deviation are the model's.
+    right, wrong = ('gunn15', 'gunn15.c100') if name == 'cifar10' else ('gunn15.c100', 'gunn15')
+    Run(argparse.Namespace(**{**vars(args), 'model': right}), data)
+    with pytest.raises(SystemExit, match=f'{wrong} is normalised for c10.*; expected another tag for --dataset {name}'):
+        Run(argparse.Namespace(**{**vars(args), 'model': wrong}), data)
 
 
 # --- A run ---
 
-def test_two_steps_and_what_they_leave(images, tmp_path, main):
+def test_two_steps_and_what_they_leave(images, tmp_path, main, monkeypatch):
     results = tmp_path / 'results.csv'
     options = [
         '--model', 'sunn15', '--epochs', '1', '--schedule', 'onecycle', '--dtype', 'bfloat16', '--ema', '0.5',
-        '--dataset-name', 'noise', '--results', str(results)]
+        '--dataset-name', 'noise', '--results', str(results), '--model-kwargs', 'drop_rate=0.1']
     run(images, tmp_path / 'out', *options)
     metrics, = rows(tmp_path / 'out' / 'metrics.csv')
-    assert list(metrics) == ['epoch', 'lr', 'train_loss', 'train_error', 'test_loss', 'test_error', 'ema_loss',
+    assert list(metrics) == ['epoch', 'lr', 'train_loss', 'train_error', 'eval_loss', 'eval_error', 'ema_loss',
                              'ema_error', 'minutes']
     assert (tmp_path / 'out' / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
     # The results are those of the files, evaluated by timm's own names, in float32.
-    test = load_data(parse_args(arguments(images, tmp_path)))[1]
+    test = load_data(parse_args(arguments(images, tmp_path))).test
     raw, ema = rows(results)
     for row, weights in ((raw, 'raw'), (ema, 'EMA')):
         assert (row['model'], row['weights'], row['data'], row['images']) == ('sunn15', weights, 'noise', '12')
-        assert row['recipe'] == 'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5'
-        assert row['command'].endswith(f'--results {results}')
+        assert row['recipe'] == 'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5, drop_rate=0.1'
+        assert f'--results {results}' in row['command']
         path = tmp_path / 'out' / row['file']
         assert row['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
         model = timm.create_model('sunn15', num_classes=CLASSES, checkpoint_path=str(path)).eval()
@@ -291,11 +300,18 @@ def test_two_steps_and_what_they_leave(images, tmp_path, main):
     timm.models.load_checkpoint(model, str(tmp_path / 'out' / 'last.pth.tar'), use_ema=True)
     assert_close(dict(model.state_dict()), safetensors.torch.load_file(tmp_path / 'out' / 'model_ema.safetensors'))
 
-    # Said again, it changes nothing and adds no second row.
+    # Said again, elsewhere, it changes nothing and adds no second row.
     before = (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns
+    monkeypatch.setattr(train_cifar, 'origin', lambda args: dict(hardware='other', versions='other', commit='other'))
     main(*options)
-    assert [row['sha256'] for row in rows(results)] == [raw['sha256'], ema['sha256']]
+    assert [dict(row, command='') for row in rows(results)] == [dict(row, command='') for row in (raw, ema)]
     assert (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns == before
+
+    # A run of another seed adds its own.
+    main(*options, '--seed', '1', '--output', str(tmp_path / 'out1'))
+    assert [(row['seed'], row['weights']) for row in rows(results)] == [
+        ('0', 'raw'), ('0', 'EMA'), ('1', 'raw'), ('1', 'EMA')]
+    assert {row['commit'] for row in rows(results)[2:]} == {'other'}
 
 
 def test_any_timm_model(tmp_path, main):
@@ -308,58 +324,106 @@ EVERYTHING = [
     'bfloat16', '--seed', '5', '--model-kwargs', 'drop_rate=0.3', 'drop_path_rate=0.2']
 
 
-def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path):
-    """With SIGKILL, in the middle of an epoch, twice, and once paused: the result is that of a run left alone."""
-    run(images, tmp_path / 'whole', *EVERYTHING)
-    checkpoint = tmp_path / 'killed' / 'last.pth.tar'
-    steps = []
-    for _ in range(2):
-        process = subprocess.Popen(
-            command(images, tmp_path / 'killed', *EVERYTHING, '--checkpoint-minutes', '0'),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        old = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        deadline = time.monotonic() + 120
-        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == old:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.2)  # into what follows the checkpoint
-        process.kill()
-        process.wait()
-        steps.append(torch.load(checkpoint, weights_only=True)['step'])
-    assert 'paused' in run(images, tmp_path / 'killed', *EVERYTHING, '--pause-after', '0.0001')
-    steps.append(torch.load(checkpoint, weights_only=True)['step'])
-    assert 0 < steps[0] < steps[1] < steps[2] < 12, steps
-    assert f'going on after {steps[2]} of 12 steps' in run(images, tmp_path / 'killed', *EVERYTHING)
-
-    files = sorted(path.name for path in (tmp_path / 'whole').iterdir())
-    assert files == sorted(path.name for path in (tmp_path / 'killed').iterdir())
-    assert {'model.safetensors', 'model_ema.safetensors', 'snapshot_1.safetensors', 'ensemble.csv'} < {*files}
+def assert_same_run(whole, other):
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in other.iterdir())
+    assert {'model.safetensors', 'model_ema.safetensors', 'snapshot_1.safetensors', 'ensemble.csv', 'result.csv',
+            'curves.png'} < {*files}
     for name in files:
-        whole, killed = tmp_path / 'whole' / name, tmp_path / 'killed' / name
         if name.endswith('.safetensors') or name == 'ensemble.csv':
-            assert whole.read_bytes() == killed.read_bytes(), name
+            assert (whole / name).read_bytes() == (other / name).read_bytes(), name
         elif name == 'metrics.csv':
-            assert [dict(r, minutes=0) for r in rows(whole)] == [dict(r, minutes=0) for r in rows(killed)]
+            assert [dict(r, minutes=0) for r in rows(whole / name)] == [dict(r, minutes=0) for r in rows(other / name)]
+
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {examples!r})
+import train_cifar
+original, calls = {owner}.{name}, {calls}
+def last_call(*args, **kwargs):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+{owner}.{name} = last_call
+train_cifar.main({args})
+"""
+
+
+def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path):
+    """By SIGKILL, again and again, at the worst moments: the result is that of a run left alone."""
+    args = arguments(images, tmp_path / 'killed', *EVERYTHING, '--checkpoint-minutes', '0', '--results',
+                     str(tmp_path / 'results.csv'))
+    for owner, name, calls in (
+            ('train_cifar.Run', 'train_step', 3),  # in an epoch
+            ('train_cifar.Path', 'replace', 2),  # the new checkpoint is written, the old one in its place
+            ('train_cifar.Run', 'end_epoch', 2),  # there is a snapshot and no checkpoint from after it
+            ('train_cifar', 'report', 2),  # a checkpoint and no metrics
+            ('train_cifar', 'ensemble', 1),  # at the end
+            ('train_cifar', 'write_csv', 4)):  # the run's results stand in the common file, not yet in its own
+        result = subprocess.run(
+            [sys.executable, '-c', KILLER.format(
+                examples=str(EXAMPLES), owner=owner, name=name, calls=calls, args=args)],
+            capture_output=True, text=True, timeout=300)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    assert len(rows(tmp_path / 'results.csv')) == 2
+    train_cifar.main(args)
+    assert len(rows(tmp_path / 'results.csv')) == 2
+    train_cifar.main(arguments(images, tmp_path / 'whole', *EVERYTHING))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
+
+
+def test_paused_after_every_step_a_run_goes_on_exactly(images, tmp_path, main):
+    """The last step of an epoch, before its evaluation, included."""
+    for step in range(1, 13):
+        assert f'paused after {step} of 12 steps' in main(*EVERYTHING, '--pause-after', '0')
+    main(*EVERYTHING)
+    train_cifar.main(arguments(images, tmp_path / 'whole', *EVERYTHING))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signals_pause(main, monkeypatch, number):
+    train_step = Run.train_step
+
+    def step_and_signal(run, *batch):
+        train_step(run, *batch)
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Run, 'train_step', step_and_signal)
+    assert 'paused after 4 of 12 steps; the same command goes on' in main('--epochs', '4')
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_two_processes_do_not_share_an_output(images, tmp_path, main):
+    (tmp_path / 'out').mkdir()
+    with train_cifar.locked(tmp_path / 'out' / '.lock', wait=False), pytest.raises(
+            SystemExit, match=r'another process trains in .*out; expected another --output'):
+        main('--epochs', '4')
+    assert 'paused' in main('--epochs', '4', '--pause-after', '0')
 
 
 @pytest.mark.parametrize('options', [[], EVERYTHING], ids=['paper', 'everything'])
 def test_a_restored_run_has_the_state_of_the_old_one(images, tmp_path, options):
     """After every step: what a checkpoint leaves out would show in the steps that follow."""
-    whole, train, test = small_run(images, tmp_path, *options)
+    whole, data = small_run(images, tmp_path, *options)
     torch.manual_seed(1)  # the state of the process counts only as far as a checkpoint holds it
     for step in range(4):
         torch.save(whole.state(), tmp_path / 'checkpoint')
         rng = torch.get_rng_state()
-        restored, _, _ = small_run(images, tmp_path, *options)
+        restored, _ = small_run(images, tmp_path, *options)
         restored.restore(torch.load(tmp_path / 'checkpoint', weights_only=True))
         assert torch.equal(torch.get_rng_state(), rng)
         states = []
         for run in (whole, restored):
             torch.set_rng_state(rng)
-            run.train_step(*(t[run.order(0)[step % run.steps]] for t in train))
+            run.train_step(*(t[run.order(0)[step % run.steps]] for t in data.train))
             if step == 2:
-                run.end_epoch(test)
+                run.end_epoch(data.test)
             states.append(run.state())
         leaves, spec = tree_flatten(states[0])
         other, other_spec = tree_flatten(states[1])
@@ -370,24 +434,25 @@ def test_a_restored_run_has_the_state_of_the_old_one(images, tmp_path, options):
 
 def test_seeds_differ_and_repeat(images, tmp_path):
     def losses(seed):
-        run, train, _ = small_run(images, tmp_path, seed=seed)
+        run, data = small_run(images, tmp_path, seed=seed)
         for i in run.order(0)[:2]:
-            run.train_step(*(t[i] for t in train))
+            run.train_step(*(t[i] for t in data.train))
         return run.sums.tolist()
 
     assert losses(1) == losses(1) != losses(2)
 
 
 def test_every_epoch_has_an_order_of_its_own(images, tmp_path):
-    run, train, _ = small_run(images, tmp_path)
+    run, _ = small_run(images, tmp_path)
     first, second = run.order(0), run.order(1)
-    assert first.shape == (len(train.labels) // 8, 8)
-    assert sorted(first.flatten().tolist()) == sorted(second.flatten().tolist()) == list(range(len(train.labels)))
+    assert first.shape == (CLASSES * TRAIN // 8, 8)
+    assert sorted(first.flatten().tolist()) == sorted(second.flatten().tolist()) == list(range(CLASSES * TRAIN))
     assert not torch.equal(first, second)
 
 
 def test_snapshot_ensemble_averages_probabilities(images, tmp_path):
-    run, _, test = small_run(images, tmp_path, '--schedule', 'snapshot', '--cycles', '3', '--epochs', '3')
+    run, data = small_run(images, tmp_path, '--schedule', 'snapshot', '--cycles', '3', '--epochs', '3')
+    test = data.test
     x = normalise(test.images, run.mean, run.std)
     probs = []
     for cycle in (1, 2, 3):
@@ -397,7 +462,7 @@ def test_snapshot_ensemble_averages_probabilities(images, tmp_path):
         train_cifar.save_weights(model, tmp_path / f'snapshot_{cycle}.safetensors')
         with torch.no_grad():
             probs.append(model(x).softmax(1))
-    result = ensemble(run, test, CLASSES)
+    result = ensemble(run, data)
     assert [(row['m'], row['snapshot']) for row in result] == [(1, 3), (2, 2), (3, 1)]
     for m, row in enumerate(result, 1):
         mean = torch.stack(probs[3 - m:]).mean(0)
@@ -415,8 +480,7 @@ def test_minutes_become_epochs(images, tmp_path, monkeypatch):
 
     def epochs(*options):
         args = parse_args(arguments(images, tmp_path, *options))
-        train, test, _ = load_data(args)
-        return train_cifar.epochs_within(args, train, test, CLASSES)
+        return train_cifar.epochs_within(args, load_data(args))
 
     assert epochs('--minutes', '0.1', '--schedule', 'onecycle') == 12
     assert epochs('--minutes', '0.1', '--schedule', 'snapshot', '--cycles', '5') == 10
@@ -425,7 +489,7 @@ def test_minutes_become_epochs(images, tmp_path, monkeypatch):
 
 
 def test_minutes_are_measured_once(main):
-    options = ['--minutes', '1', '--schedule', 'onecycle', '--pause-after', '0.0001']
+    options = ['--minutes', '1', '--schedule', 'onecycle', '--pause-after', '0']
     first, second = main(*options), main(*options)
     assert 'epochs in 1 minutes' in first
     assert 'epochs in 1 minutes' not in second
@@ -442,7 +506,13 @@ def test_minutes_are_measured_once(main):
     (['--epochs', '0'], 'expected --epochs >= 1, got 0'),
     (['--minutes', '0'], 'expected --minutes > 0, got 0'),
     (['--batch-size', '1'], 'expected --batch-size >= 2, got 1'),
-    (['--ema', '1.5'], r'expected --ema in [0, 1], got 1.5'),
+    (['--ema', '1'], 'expected 0 <= --ema < 1, got 1.0'),
+    (['--momentum', 'nan'], 'expected 0 <= --momentum < 1, got nan'),
+    (['--shift', '1.5'], 'expected 0 <= --shift <= 1, got 1.5'),
+    (['--lr', '-1'], 'expected --lr > 0, got -1.0'),
+    (['--weight-decay', 'nan'], 'expected --weight-decay >= 0, got nan'),
+    (['--model-kwargs', 'abc'], 'expected --model-kwargs NAME=VALUE'),
+    (['--device', 'mps'], 'expected --device cpu or cuda, got mps'),
     (['--dtype', 'float16'], 'expected --dtype float32 or bfloat16 on cpu, got float16'),
 ])
 def test_bad_arguments(options, message, capsys):
@@ -478,20 +548,53 @@ def test_bad_data(images, tmp_path):
 
 
 def test_other_settings_do_not_go_on(tmp_path, main):
-    options = ['--epochs', '4', '--pause-after', '0.0001']
+    options = ['--epochs', '4', '--pause-after', '0']
     assert 'paused after 1 of 12 steps' in main(*options)
-    before = (tmp_path / 'out' / 'last.pth.tar').read_bytes()
+    checkpoint = tmp_path / 'out' / 'last.pth.tar'
+    before = checkpoint.read_bytes()
     with pytest.raises(SystemExit, match=r'is of a run with model gunn15 \(now sunn15\), lr 0.1 \(now 0.2\); expected'):
         main(*options, '--lr', '0.2', '--model', 'sunn15')
-    assert (tmp_path / 'out' / 'last.pth.tar').read_bytes() == before
+    other = make_images(tmp_path / 'other')
+    Image.new('RGB', (8, 8)).save(other / 'train' / 'class0' / '0.png')
+    with pytest.raises(SystemExit, match=r'is of a run with data \w+ \(now \w+\); expected'):
+        main(*options, '--data-dir', str(other))
+    assert checkpoint.read_bytes() == before
+    torch.save(dict(state_dict={}), checkpoint)
+    with pytest.raises(SystemExit, match=r'last.pth.tar is not a checkpoint of this script; expected another --output'):
+        main(*options)
+
+
+def test_outputs_of_different_runs_differ():
+    outputs = {parse_args(['--data-dir', 'x', *options]).output for options in (
+        [], ['--model', 'sunn15'], ['--seed', '1'], ['--epochs', '4'], ['--schedule', 'onecycle'],
+        ['--minutes', '4', '--schedule', 'onecycle'])}
+    assert len(outputs) == 6
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint(images, tmp_path):
-    run, train, test = small_run(images, tmp_path, '--epochs', '4', '--lr', '1e30')
+    run, data = small_run(images, tmp_path, '--epochs', '4', '--lr', '1e30')
     (tmp_path / 'last.pth.tar').write_bytes(b'good')
-    with pytest.raises(SystemExit, match=r'the loss is not finite in epoch [12]; .*last.pth.tar, where there is one'):
-        train_cifar.train(run, train, test)
+    with pytest.raises(SystemExit, match=r'losses or weights are not finite in epoch [12]; .*last.pth.tar, where'):
+        train_cifar.train(run, data)
     assert (tmp_path / 'last.pth.tar').read_bytes() == b'good'
+
+
+def test_weights_that_are_not_finite_leave_the_checkpoint(images, tmp_path):
+    """The loss of the step that broke them is finite."""
+    run, data = small_run(images, tmp_path, '--epochs', '4', '--checkpoint-minutes', '0')
+    (tmp_path / 'last.pth.tar').write_bytes(b'good')
+    with torch.no_grad():
+        run.model.head.fc.bias[0] = torch.inf
+    run.train_step = lambda *batch: setattr(run, 'step', run.step + 1)
+    with pytest.raises(SystemExit, match='losses or weights are not finite in epoch 1'):
+        train_cifar.train(run, data)
+    assert (tmp_path / 'last.pth.tar').read_bytes() == b'good'
+
+
+def test_a_machine_without_git(images, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    run, _ = small_run(images, tmp_path)
+    assert run.origins[0]['commit'] == 'unknown, without git'
 
 
 def test_other_results_are_not_overwritten(tmp_path, main):
@@ -528,6 +631,6 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     ids=' '.join)
 def test_cuda(images, tmp_path, options):
     options = ['--device', 'cuda', '--epochs', '2', '--schedule', 'onecycle', *options]
-    assert 'paused after' in run(images, tmp_path, *options, '--pause-after', '0.0001')
+    assert 'paused after' in run(images, tmp_path, *options, '--pause-after', '0')
     run(images, tmp_path, *options)
     assert all(math.isfinite(float(row['train_loss'])) for row in rows(tmp_path / 'metrics.csv'))
