@@ -56,8 +56,12 @@ def _parameters_over_models(test):
     return None
 
 
+# Tests over all models that run each several times.
+COSTLY = ('test_prune_intermediate_layers_contract',)
+
+
 def _over_our_models(test, **kwargs):
-    """A test with literal names, for our models."""
+    """A test with literal names, or a costly one, for narrow versions of our models."""
 
     @pytest.mark.parametrize('model_name', MODELS)
     def run(model_name):
@@ -75,8 +79,8 @@ def _create_narrow_model(name, **kwargs):
 _timm_tests = _load()
 cfg_device = getattr(_timm_tests, 'cfg_device', None)  # a fixture of some of them
 for _name, _test in list(vars(_timm_tests).items()):
-    if _name in LITERAL:
-        globals()[_name] = _over_our_models(_test, **LITERAL[_name])
+    if _name in LITERAL or _name in COSTLY:
+        globals()[_name] = _over_our_models(_test, **LITERAL.get(_name, {}))
     elif _name.startswith('test_') and _parameters_over_models(_test):
         globals()[_name] = _test
 

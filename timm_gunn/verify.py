@@ -1,0 +1,116 @@
+"""Check that pretrained weights are those that were published.
+
+    python -m timm_gunn.verify                 # all pretrained models of this package
+    python -m timm_gunn.verify gunn15.c10      # or some
+
+The sha256 of the file, shipped with the package or in the Hub's cache (it is downloaded if it is not there), has to be
+the one that the package knows, and so have the logits of a fixed image. The Hub's client checks sizes only: a damaged
+tensor of the right size loads without a word.
+"""
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub import hf_hub_download
+from timm.models import PretrainedCfg
+
+FILENAME = 'model.safetensors'
+
+
+def known_weights() -> Dict[str, Dict[str, Any]]:
+    """For each pretrained name, 'sha256' of its file and 'logits' of fingerprint()."""
+    return json.loads((Path(__file__).parent / 'weights.json').read_text())
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def fingerprint_image(size: Sequence[int]) -> torch.Tensor:
+    """An image (1, *size), float64 in [-2, 2), by integer arithmetic: the same on every machine, in every version."""
+    numbers = torch.arange(1, 1 + torch.Size(size).numel())
+    return ((numbers * 2654435761) % 2 ** 32).double().div(2 ** 30).sub(2).view(1, *size)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, size: Sequence[int]) -> List[float]:
+    """Logits of fingerprint_image(size) in float64, in eval mode on a CPU; the model is left in that state."""
+    return model.to('cpu', torch.float64).eval()(fingerprint_image(size))[0].tolist()
+
+
+def find_config(name: str) -> Optional[PretrainedCfg]:
+    """Pretrained config of a name, with its tag or without; None if timm knows no such name or tag."""
+    try:
+        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # no such tag
+        return None
+
+
+def find_file(cfg: PretrainedCfg) -> Path:
+    """File of the weights of a pretrained config, downloaded if need be."""
+    if cfg.file:
+        return Path(cfg.file)
+    repo, _, revision = cfg.hf_hub_id.partition('@')
+    return Path(hf_hub_download(repo, cfg.hf_hub_filename or FILENAME, revision=revision or None))
+
+
+def pretrained_names() -> List[str]:
+    """Names, with tags, of this package's models that have weights."""
+    return timm.list_models(module='gunn', pretrained=True, include_tags=True)
+
+
+def verify(name: str) -> Tuple[bool, str]:
+    """Whether the weights of a pretrained name are as they were published, and a sentence to say so or why not.
+
+    Raises:
+        LookupError: If there are no weights of that name.
+        OSError: If they can not be had: no file, no connection, no such repository or revision.
+    """
+    cfg = find_config(name)
+    if cfg is None or not cfg.has_weights:
+        raise LookupError(f'{name} has no pretrained weights; those that do: {", ".join(pretrained_names()) or "none"}')
+    name = f'{cfg.architecture}.{cfg.tag}'
+    path = find_file(cfg)
+    known = known_weights().get(name)
+    if known is None:
+        return False, f'{name}: the package knows no sha256 of these weights'
+    found = sha256(path)
+    if found != known['sha256']:
+        return False, (
+            f'{name}: {path} has the sha256 {found}, expected {known["sha256"]}: it is damaged or another file. Remove '
+            'it, so that it is downloaded again, or install the package again if it came with that.')
+    model = timm.create_model(name, pretrained=True)
+    logits = fingerprint(model, model.pretrained_cfg['input_size'])
+    worst = max(abs(a - b) for a, b in zip(logits, known['logits'], strict=True))
+    if not worst <= 1e-6 * max(map(abs, known['logits'])):
+        return False, f'{name}: the logits of the fixed image are off by {worst:.2g}, though the file is the right one'
+    return True, f'{name}: ok, {path}, sha256 {found}'
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Exit status 0 if all names are in order, 1 if not, 2 for a name without weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='*', metavar='NAME', help='such as gunn15.c10 (default: all)')
+    args = parser.parse_args(argv)
+    status = 0
+    for name in args.names or pretrained_names():
+        try:
+            fine, sentence = verify(name)
+        except LookupError as e:
+            parser.error(str(e))
+        except OSError as e:
+            fine, sentence = False, f'{name}: {e}'
+        print(sentence)
+        status |= not fine
+    return status
+
+
+if __name__ == '__main__':
+    sys.exit(main())
