@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -196,7 +197,7 @@ def test_dry_run_writes_the_folder(hub, publish, checkpoint, images):
     assert len(fingerprint['logits']) == CLASSES
 
     # The card's numbers are those of the file on the images.
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model = timm.create_model(MODEL, checkpoint_path=str(folder / 'model.safetensors')).eval()
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config)
     right = total = 0
@@ -397,6 +398,10 @@ def test_connection_cut_once(hub, client, publish, published):
         return True
 
     hub.faults.append(cut)
+    if int(huggingface_hub.__version__.split('.')[0]) < 1:  # gives up on this; saying it again loads
+        _, error = client(published + LOAD.format(MODEL))
+        assert 'Connection broken: IncompleteRead' in error
+        assert not list(client.cache.rglob('model.safetensors'))
     assert loaded(client(published + LOAD.format(MODEL))) == expected(publish.folder)
     assert len(requests) == 2
     assert 'status 0' in client(published + VERIFY)[0]

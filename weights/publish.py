@@ -106,7 +106,7 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
 
 def evaluate(folder: Path, args: argparse.Namespace) -> Dict[str, float]:
     """Accuracies (%) and loss of the weights in a folder on the images, in float32, as by timm's validate.py."""
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(args.device).eval()
+    model = timm.create_model(args.model, checkpoint_path=str(folder / FILENAME)).to(args.device).eval()
     if not (args.data_dir / args.split).is_dir():
         raise SystemExit(f'{args.data_dir / args.split}: no such folder; expected one with a subfolder per class')
     dataset = timm.data.create_dataset('', root=args.data_dir, split=args.split)
@@ -115,7 +115,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> Dict[str, float]:
         raise SystemExit(f'{args.data_dir}: expected {model.num_classes} classes, got {classes}')
     config = timm.data.resolve_model_data_config(model)
     loader = timm.data.create_loader(
-        dataset, batch_size=args.batch_size, use_prefetcher=False, num_workers=0, **{
+        dataset, batch_size=args.batch_size, use_prefetcher=False, num_workers=0, persistent_workers=False, **{
             k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')})
     right1 = right5 = loss = 0
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
