@@ -1,5 +1,8 @@
 """Publishing weights, loading and verifying them: the unmodified Hub client and timm against a Hub on loopback."""
+import argparse
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -7,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -23,6 +27,7 @@ from timm_gunn import verify
 from timm_gunn.verify import fingerprint_image, known_weights
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / 'examples'))
 MODEL, REPO = 'gunn15.c10', 'me/gunn15.c10'
 CLASSES = 10
 
@@ -47,11 +52,13 @@ class Client:
 
     def __init__(self, hub, home, **env):
         self.cache = home / 'hub'
+        home.mkdir(exist_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
         self.process = subprocess.Popen(
-            [sys.executable, '-c', CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={
-                **clean, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1',
-                'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', **env})
+            [sys.executable, '-c', CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home, env={
+                **clean, 'PYTHONPATH': str(ROOT), 'HF_ENDPOINT': hub.url, 'HF_HOME': str(home),
+                'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_ETAG_TIMEOUT': '5', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+                **env})
 
     def __call__(self, code, token='hf_good'):
         """What the code prints, and its exception in a line, or None."""
@@ -59,7 +66,13 @@ class Client:
         if token is not None:
             setup += f'os.environ["HF_TOKEN"] = {token!r}\n'
         print(json.dumps(setup + textwrap.dedent(code)), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        timer = threading.Timer(120, self.process.kill)
+        timer.start()
+        result = json.loads(self.process.stdout.readline())
+        timer.cancel()
+        if token is not None:
+            assert token not in str(result)
+        return result
 
     def close(self):
         self.process.stdin.close()
@@ -114,8 +127,16 @@ def checkpoint(tmp_path_factory):
         model = timm.create_model(MODEL)
         torch.nn.init.normal_(model.head.fc.weight)
         states.append(model.state_dict())
-    torch.save(dict(state_dict=states[0], state_dict_ema=states[1]), path)
+    compiled = {f'_orig_mod.{k}': v for k, v in states[0].items()}
+    torch.save(dict(epoch=3, arch='gunn15', args=argparse.Namespace(model='gunn15'), state_dict=compiled,
+                    state_dict_ema=states[1]), path)
     return path
+
+
+def raw_weights(checkpoint):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(checkpoint, weights_only=True)
+    return {k.removeprefix('_orig_mod.'): v for k, v in state['state_dict'].items()}
 
 
 @pytest.fixture
@@ -182,7 +203,7 @@ def test_dry_run_writes_the_folder(hub, publish, checkpoint, images):
     assert f'--push would upload these to https://huggingface.co/{REPO}' in printed
     assert not hub.requests
 
-    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    state = raw_weights(checkpoint)
     saved = safetensors.torch.load_file(folder / 'model.safetensors')
     assert state.keys() == saved.keys()
     assert all(torch.equal(state[k], saved[k]) for k in state)
@@ -223,10 +244,8 @@ def test_publish_then_load_every_way(hub, client, publish):
     printed, error = publish('--push', '--weights', 'ema')
     assert error is None, printed
     head = hub.repos[REPO].head
-    assert f"hf_hub_id='{REPO}@{head}'" in printed
-    assert f'"{MODEL}": {{"sha256": ' in printed
     fc = expected(publish.folder)
-    assert fc == torch.load(publish.checkpoint, weights_only=True)['state_dict_ema']['head.fc.weight'].double().sum()
+    assert fc != raw_weights(publish.checkpoint)['head.fc.weight'].double().sum()
     for name in (f'hf-hub:{REPO}', f'hf-hub:{REPO}@{head}'):
         assert loaded(client(LOAD.format(name), token=None)) == fc
     pin = pinned(hub, publish.folder)
@@ -247,6 +266,30 @@ def test_publish_then_load_every_way(hub, client, publish):
         offline.close()
 
 
+def test_the_printed_lines_make_it_pretrained(hub, publish, tmp_path):
+    """In a copy of the package, where they are pasted."""
+    printed, error = publish('--push')
+    assert error is None, printed
+    entry, = re.findall(rf"^    '{MODEL}': .*,$", printed, re.MULTILINE)
+    record, = re.findall(rf'^    ("{MODEL}": .*)$', printed, re.MULTILINE)
+    shutil.copytree(ROOT / 'timm_gunn', tmp_path / 'copy' / 'timm_gunn')
+    source = tmp_path / 'copy' / 'timm_gunn' / 'gunn.py'
+    code, count = re.subn(rf"^    '{MODEL}': .*,$", entry, source.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    source.write_text(code)
+    known = {**known_weights(), **json.loads(f'{{{record}}}')}
+    (source.parent / 'weights.json').write_text(json.dumps(known))
+    client = Client(hub, tmp_path / 'home', PYTHONPATH=str(tmp_path / 'copy'))
+    try:
+        where = client('import timm_gunn; print(timm_gunn.__file__)')[0]
+        assert str(tmp_path / 'copy') in where
+        assert loaded(client(LOAD.format('gunn15'))) == expected(publish.folder)
+        result = client('\n        import timm_gunn.verify' + VERIFY)
+        assert 'status 0' in result[0], result
+    finally:
+        client.close()
+
+
 def test_second_publish_makes_no_commit(hub, publish):
     printed, error = publish('--push')
     assert error is None, printed
@@ -261,21 +304,19 @@ def test_second_publish_makes_no_commit(hub, publish):
     assert len(hub.repos[REPO].commits) == commits + 1
 
 
-def test_the_token_stays_secret(hub, publish):
-    printed, error = publish('--push')
-    assert error is None
-    assert 'hf_good' not in printed
+def test_the_token_stays_secret(hub, publish, tmp_path):
+    assert publish('--push')[1] is None
     assert all(b'hf_good' not in path.read_bytes() for path in publish.folder.iterdir())
     assert all(b'hf_good' not in content for content, _ in hub.repos[REPO].commits[-1][1].values())
+    for text in ('hf_good', 'hf_' + 'a1B2' * 8):  # one's own, and what looks like one
+        _, error = publish('--training-command', f'HF_TOKEN={text} python train.py')
+        assert error == 'SystemExit: README.md would hold an access token; expected a --training-command without one'
 
 
 @pytest.mark.parametrize('token', [None, 'hf_bad'])
 def test_no_token_or_a_bad_one(hub, publish, token):
     _, error = publish('--push', token=token)
-    assert 'the Hub does not know who you are' in error
-    assert 'Log in by `hf auth login`, or set HF_TOKEN' in error
-    assert 'Nothing has been uploaded.' in error
-    assert 'hf_bad' not in error
+    assert 'Log in by `hf auth login`, or set HF_TOKEN to a token that may write. Nothing has been uploaded.' in error
     assert not hub.repos
 
 
@@ -283,13 +324,42 @@ def test_a_repository_of_somebody_else(hub, publish):
     assert publish('--push')[1] is None
     head = hub.repos[REPO].head
     _, error = publish('--push', '--weights', 'ema', token='hf_other')
-    assert f'somebody-else may not write to {REPO}; expected a token with write access' in error
-    assert 'Nothing has been uploaded.' in error
+    assert 'Expected a token with write access, and a repository of your own.' in error
+    assert f'No commit has been made to {REPO}.' in error
     assert hub.repos[REPO].head == head
     hub.repos.clear()
     _, error = publish('--push', token='hf_other')
-    assert f'somebody-else may not write to {REPO}' in error
+    assert 'Expected a token with write access, and a repository of your own.' in error
+    assert f'There is no repository {REPO}: nothing has been uploaded.' in error
     assert not hub.repos
+
+
+def test_visibility(hub, publish):
+    assert publish('--push', '--private')[1] is None
+    assert hub.repos[REPO].private
+    hub.repos[REPO].private = False
+    _, error = publish('--push', '--private', '--weights', 'ema')
+    assert f'{REPO} is public; expected a private repository, or no --private. No commit has been made' in error
+
+
+def test_no_pickles_beside_the_weights(hub, publish):
+    hub.repos[REPO] = Repo('me')
+    hub.repos[REPO].add({'pytorch_model.bin': (b'old', False)}, 'old')
+    _, error = publish('--push')
+    assert f'{REPO} holds pytorch_model.bin; expected none that is loaded by pickle: remove them. No commit' in error
+
+
+def test_a_card_that_the_hub_refuses(hub, publish):
+    def refuse(request):
+        if request.route != '/api/validate-yaml':
+            return False
+        request.send(400, {'errors': [{'message': '"license" must be one of these'}], 'warnings': []})
+        return True
+
+    hub.faults.append(refuse)
+    _, error = publish('--push', '--license', 'wtf')
+    assert '"license" must be one of these' in error
+    assert f'The repository {REPO} has been created, without weights.' in error
 
 
 def failing(route, status=500):
@@ -303,19 +373,58 @@ def failing(route, status=500):
     return fault
 
 
-@pytest.mark.parametrize('route', ['/lfs/', '/commit/'])
-def test_an_upload_that_fails_says_what_remains(hub, publish, route):
-    hub.faults.append(failing(route, 400))
-    _, error = publish('--push')
-    assert f'The repository {REPO} has been created and is empty.' in error
-    assert len(hub.repos[REPO].commits) == 1
+def cutting(route, method, answer_first=False):
+    """A fault: the connection breaks at a route, before the Hub has done what was asked or after it."""
+    def fault(request):
+        if route not in request.route or request.command != method:
+            return False
+        if answer_first:
+            request.wfile = io.BytesIO()  # does its work, and the answer gets lost
+            hub = request.server.hub
+            hub.answer(request)
+        request.cut()
+        return True
+
+    return fault
+
+
+NO_REPO = f'There is no repository {REPO}: nothing has been uploaded.'
+EMPTY = f'The repository {REPO} has been created, without weights.'
+
+
+@pytest.mark.parametrize(('fault', 'message', 'commits'), [
+    # The client tries again for half a minute where an upload is cut.
+    pytest.param(*values, id=name, marks=[pytest.mark.slow] if name == 'lfs is cut' else []) for name, values in {
+    'create fails': (failing('/repos/create', 500), NO_REPO, None),
+    'lfs fails': (failing('/lfs/', 400), EMPTY, 1),
+    'commit fails': (failing('/commit/', 400), EMPTY, 1),
+    'commit is unavailable': (failing('/commit/', 503), EMPTY, 1),
+    'create is cut': (cutting('/repos/create', 'POST'), NO_REPO, None),
+    'answer to create is lost': (cutting('/repos/create', 'POST', answer_first=True), EMPTY, 1),
+    'lfs is cut': (cutting('/lfs/', 'PUT'), EMPTY, 1),
+    'commit is cut': (cutting('/commit/', 'POST'), EMPTY, 1),
+    'answer to commit is lost': (cutting('/commit/', 'POST', answer_first=True), 'not yet checked: publish again', 2),
+    'download is cut': (cutting('/cdn/', 'GET'), 'has not passed its checks: do not use it before it has.', 2),
+}.items()])
+def test_an_upload_that_fails_says_what_remains(hub, publish, fault, message, commits):
+    """And publishing again, with the Hub in order, ends well."""
+    hub.faults.append(fault)
+    printed, error = publish('--push')
+    assert message in error, printed
+    assert 'Traceback' not in error
+    assert (len(hub.repos[REPO].commits) if REPO in hub.repos else None) == commits
     assert expected(publish.folder)
-    _, error = publish('--push')
-    assert 'Nothing has been uploaded.' in error
-    assert len(hub.repos[REPO].commits) == 1
     hub.faults.clear()
-    assert publish('--push')[1] is None
+    printed, error = publish('--push')
+    assert error is None, printed
     assert len(hub.repos[REPO].commits) == 2
+
+
+def test_a_hub_that_is_gone(hub, publish):
+    hub.faults.append(cutting('/api/', 'GET'))
+    _, error = publish('--push')
+    assert error.startswith('SystemExit: ')
+    assert 'Nothing has been uploaded.' in error
 
 
 def test_a_commit_in_the_meantime(hub, publish):
@@ -329,8 +438,7 @@ def test_a_commit_in_the_meantime(hub, publish):
 
     hub.faults.append(somebody)
     _, error = publish('--push', '--weights', 'ema')
-    assert f'{REPO} has got a commit from somebody else in the meantime; look at it, and publish again' in error
-    assert 'Nothing has been uploaded.' in error
+    assert f'{REPO} has got the commit {hub.repos[REPO].head} from somebody else in the meantime: look at it' in error
     assert 'note' in hub.repos[REPO].commits[-1][1]
     assert len(hub.repos[REPO].commits) == 3
 
@@ -348,13 +456,13 @@ def test_what_the_hub_made_of_it_is_checked(hub, publish):
 
     hub.faults.append(other_file)
     _, error = publish('--push')
-    assert 'has other contents in model.safetensors' in error
+    assert f'{REPO} has other contents in model.safetensors. The commit {hub.repos[REPO].head} is in {REPO}' in error
     assert 'has not passed its checks: do not use it before it has' in error
     hub.repos.clear()
     hub.lfs.clear()
     lfs_content(hub, lambda content: content[:-1] + bytes([content[-1] ^ 64]))
     _, error = publish('--push')
-    assert 'loaded again, gives other logits' in error
+    assert f'what {REPO} serves gives other logits' in error
     assert 'has not passed its checks' in error
 
 
@@ -379,32 +487,36 @@ def test_missing_repository_or_revision(hub, client, published):
         'RuntimeError: No pretrained weights exist for gunn18. Use `pretrained=False` for random init.')
 
 
-def test_connection_cut_once(hub, client, publish, published):
-    """The client tries again; of a file of less than 10 MB it asks for all, of a larger one for the rest."""
-    requests = []
+def test_connection_cut_once(hub, client, publish, published, tmp_path):
+    """The client goes on where it was: of files over 10 MB, which it writes in pieces of that size."""
+    state = safetensors.torch.load_file(publish.folder / 'model.safetensors')
+    safetensors.torch.save_file(state, tmp_path / 'large', metadata=dict(padding='x' * 7_000_000))
+    content = (tmp_path / 'large').read_bytes()
+    head = hub.repos[REPO].add({'model.safetensors': (content, True)}, 'with padding')
+    ranges = []
 
     def cut(request):
         if not request.route.startswith('/cdn') or request.command != 'GET':
             return False
-        requests.append(request)
-        content = hub.lfs[request.route.split('/')[2]]
-        if len(requests) > 1:
+        ranges.append(request.headers.get('Range'))
+        if len(ranges) > 1:
             return False
         request.send_response(200)
         request.send_header('Content-Length', str(len(content)))
         request.end_headers()
-        request.wfile.write(content[:3_000_000])
+        request.wfile.write(content[:12_000_000])
         request.cut()
         return True
 
     hub.faults.append(cut)
-    if int(huggingface_hub.__version__.split('.')[0]) < 1:  # gives up on this; saying it again loads
-        _, error = client(published + LOAD.format(MODEL))
+    load = LOAD.format(f'hf-hub:{REPO}@{head}')
+    if int(huggingface_hub.__version__.split('.')[0]) < 1:  # gives up on this, and goes on when called again
+        _, error = client(load)
         assert 'Connection broken: IncompleteRead' in error
         assert not list(client.cache.rglob('model.safetensors'))
-    assert loaded(client(published + LOAD.format(MODEL))) == expected(publish.folder)
-    assert len(requests) == 2
-    assert 'status 0' in client(published + VERIFY)[0]
+    assert loaded(client(load)) == expected(publish.folder)
+    assert ranges[0] is None
+    assert 10_000_000 <= int(ranges[1].removeprefix('bytes=').split('-')[0]) <= 12_000_000
 
 
 def test_connection_cut_always(hub, client, publish, published):
@@ -416,8 +528,11 @@ def test_connection_cut_always(hub, client, publish, published):
 
     hub.faults.append(cut)
     _, error = client(published + LOAD.format(MODEL))
-    assert error is not None
+    assert re.search('disconnected|broken|aborted|reset', error), error
     assert not list(client.cache.rglob('model.safetensors'))  # nothing that a later load could take for the weights
+    printed, error = client(published + VERIFY)
+    assert error is None, printed
+    assert 'status 1' in printed
     hub.faults.clear()
     assert loaded(client(published + LOAD.format(MODEL))) == expected(publish.folder)
 
@@ -487,10 +602,10 @@ def test_a_stranger_with_the_same_name(hub, client, publish, published, tmp_path
 
 # --- What is not fit to be published ---
 
-def broken(state, kind):
+def broken(path, kind):
     """A checkpoint with something wrong, and the error that says so."""
-    raw = dict(state['state_dict'])
-    name = 'stage1.layer.proj.conv.weight' if 'stage1.layer.proj.conv.weight' in raw else next(iter(raw))
+    raw = raw_weights(path)
+    name = 'stage2.layer.conv1.conv.weight' if 'stage2.layer.conv1.conv.weight' in raw else next(iter(raw))
     if kind == 'nan':
         raw[name] = raw[name].clone()
         raw[name].view(-1)[3] = torch.nan
@@ -504,21 +619,75 @@ def broken(state, kind):
     if kind == 'shape':
         raw['head.fc.bias'] = torch.zeros(7)
         return dict(state_dict=raw), 'size mismatch for head.fc.bias'
+    if kind == 'overflow':
+        raw['head.fc.weight'] = torch.full_like(raw['head.fc.weight'], 1e38)
+        return dict(state_dict=raw), 'losses or logits are not finite, though the weights are'
+    if kind == 'another network':
+        return dict(state_dict=raw, arch='sunn15'), f'is of sunn15; expected --model sunn15.TAG, got {MODEL}'
+    if kind == 'no state':
+        return [1, 2], 'expected state_dict for --weights raw, got list'
     return dict(state_dict_ema=raw), "expected state_dict for --weights raw, got ['state_dict_ema']"
 
 
-@pytest.mark.parametrize('kind', ['nan', 'float16', 'missing', 'shape', 'ema alone'])
+@pytest.mark.parametrize(
+    'kind', ['nan', 'float16', 'missing', 'shape', 'overflow', 'another network', 'no state', 'ema alone'])
 def test_unfit_weights(hub, publish, tmp_path, kind):
     """Nothing is uploaded, and the folder of an earlier publication stays."""
     publish.folder.mkdir()
-    (publish.folder / 'earlier').write_text('yes')
-    state, message = broken(torch.load(publish.checkpoint, weights_only=True), kind)
+    (publish.folder / 'README.md').write_text('earlier')
+    state, message = broken(publish.checkpoint, kind)
     torch.save(state, tmp_path / 'broken.pth.tar')
     _, error = publish('--push', checkpoint=tmp_path / 'broken.pth.tar')
     assert message in error
-    assert [p.name for p in publish.folder.iterdir()] == ['earlier']
+    assert [p.read_text() for p in publish.folder.iterdir()] == ['earlier']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['broken.pth.tar', 'folder']
     assert not hub.requests
+
+
+def test_folders_are_replaced_whole_or_not_at_all(publish, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    from weights.publish import replace
+    old, new = tmp_path / 'old', tmp_path / 'temporary' / 'new'
+    old.mkdir()
+    (old / 'README.md').write_text('old')
+    with pytest.raises(FileNotFoundError):
+        replace(old, new)
+    assert (old / 'README.md').read_text() == 'old'
+    new.mkdir(parents=True)
+    (new / 'README.md').write_text('new')
+    replace(old, new)
+    assert (old / 'README.md').read_text() == 'new'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['old', 'temporary']
+    # A folder with anything else in it is not ours to replace.
+    (publish.folder / 'deeper').mkdir(parents=True)
+    printed, error = publish()
+    assert error == 'SystemExit: 2'
+    assert 'expected an --output that is new or holds nothing but README.md, config.json' in printed
+
+
+def test_weights_of_our_trainer(hub, publish, images, tmp_path):
+    """Published from its checkpoint or from its file, they have the sha256 of its result."""
+    import train_cifar
+    data = tmp_path / 'data'
+    data.mkdir()
+    for split in ('train', 'test'):
+        (data / split).symlink_to(images / 'test')
+    train_cifar.main([
+        '--data-dir', str(data), '--output', str(tmp_path / 'run'), '--device', 'cpu', '--batch-size', '8', '--epochs',
+        '1', '--schedule', 'onecycle'])
+    with open(tmp_path / 'run' / 'result.csv', newline='') as f:
+        result, = csv.DictReader(f)
+    for file in ('last.pth.tar', 'model.safetensors'):
+        printed, error = publish(checkpoint=tmp_path / 'run' / file)
+        assert error is None, printed
+        assert hashlib.sha256((publish.folder / 'model.safetensors').read_bytes()).hexdigest() == result['sha256']
+        assert f'| {float(result["error"]):.2f} |' in (publish.folder / 'README.md').read_text()
+
+
+def test_licence_is_that_of_the_card(publish):
+    assert publish('--license', 'cc-by-nc-4.0')[1] is None
+    assert ModelCard.load(publish.folder / 'README.md').data.license == 'cc-by-nc-4.0'
+    assert json.loads((publish.folder / 'config.json').read_text())['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
 
 
 def test_bad_arguments(publish, tmp_path, images):
@@ -529,15 +698,19 @@ def test_bad_arguments(publish, tmp_path, images):
     assert 'text can not be read: ' in error
     _, error = publish('--split', 'val')
     assert 'val: no such folder; expected one with a subfolder per class' in error
+    (tmp_path / 'none' / 'test' / 'class0').mkdir(parents=True)
+    _, error = publish('--data-dir', str(tmp_path / 'none'))
+    assert 'none: expected images in test/<class>/: ' in error
     (tmp_path / 'two' / 'test').mkdir(parents=True)
     for c in range(2):
         (tmp_path / 'two' / 'test' / f'class{c}').symlink_to(images / 'test' / f'class{c}')
     _, error = publish('--data-dir', str(tmp_path / 'two'))
     assert 'expected 10 classes, got 2' in error
     for options, message in (
-            (['--model', 'gunn15'], 'expected --model NAME.TAG of a timm model, such as gunn15.c10, got gunn15'),
-            (['--model', 'gunn15.x'], 'got gunn15.x'),
-            (['--repo', 'gunn15'], 'expected --repo OWNER/NAME, got gunn15')):
+            (['--model', 'gunn15'], 'expected --model NAME.TAG of this package, such as gunn15.c10, got gunn15'),
+            (['--model', 'gunn15.x'], 'got gunn15.x'), (['--model', 'resnet18.a1_in1k'], 'got resnet18.a1_in1k'),
+            (['--repo', 'gunn15'], 'expected --repo OWNER/NAME, got gunn15'),
+            (['--repo', 'me/a..b'], 'expected --repo OWNER/NAME, got me/a..b')):
         printed, error = publish(*options)
         assert error == 'SystemExit: 2'
         assert message in printed
@@ -559,11 +732,15 @@ def test_shipped_configs_are_owned_and_pinned():
     assert set(known) <= set(names)
 
 
-def test_verify_of_names_without_weights(capsys):
-    with pytest.raises(SystemExit) as e:
-        verify.main(['gunn18'])
-    assert e.value.code == 2
-    assert 'gunn18 has no pretrained weights; those that do: ' in capsys.readouterr().err
+def test_verify_of_names_without_weights(capsys, monkeypatch):
+    assert verify.main(['gunn18', 'nothing']) == 1
+    printed = capsys.readouterr().out
+    assert 'gunn18.in1k: no weights that this package knows; it knows ' in printed
+    assert 'nothing: no weights that this package knows' in printed
+    # Known and not there: a package that has lost its files.
+    monkeypatch.setattr(verify, 'known_weights', lambda: {'gunn18.in1k': dict(sha256='0', logits=[1.0])})
+    assert verify.main([]) == 1
+    assert 'gunn18.in1k: the package came without its weights; install it again' in capsys.readouterr().out
 
 
 def test_fingerprint_image_is_the_same_everywhere():

@@ -9,10 +9,12 @@ import timm
 import timm.utils
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 from timm.models import group_parameters
 from torch.testing import assert_close
 
 from timm_gunn import GunnLayer
+from timm_gunn.verify import known_weights
 
 MODELS = timm.list_models(module='gunn')
 IMAGENET = [m for m in MODELS if '18' in m]
@@ -68,7 +70,6 @@ def test_pretrained_configs(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.license, cfg.paper_ids) == ('apache-2.0', 'arXiv:1711.09280')
     assert cfg.origin_url == 'https://github.com/joe-siyuan-qiao/GUNN'
-    assert not cfg.has_weights
     size, classes, mean, std = {
         'c10': (32, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
         'c100': (32, 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
@@ -93,11 +94,42 @@ def test_default_tags():
 
 
 @pytest.mark.parametrize('features_only', [False, True])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [
+    name for name in timm.list_models(module='gunn', include_tags=True) if name not in known_weights()])
 def test_no_weights_yet(name, features_only):
     assert not timm.is_model_pretrained(name)
     with pytest.raises(RuntimeError, match='No pretrained weights exist'):
         timm.create_model(name, pretrained=True, features_only=features_only)
+
+
+@pytest.mark.parametrize('name', known_weights())
+def test_shipped_weights(name, monkeypatch):
+    """They load strictly and without a network, under the full name and the short one where the tag is the default."""
+    def no_network(*args, **kwargs):
+        raise AssertionError('reached for the network')
+
+    monkeypatch.setattr('socket.socket.connect', no_network)
+    cfg = timm.get_pretrained_cfg(name)
+    assert name in timm.list_pretrained('*unn*')
+    assert timm.is_model_pretrained(name)
+    state = load_file(cfg.file)
+    names = [name] + ([cfg.architecture] if timm.get_pretrained_cfg(cfg.architecture).tag == cfg.tag else [])
+    for n in names:
+        model = timm.create_model(n, pretrained=True)
+        assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert all(t.isfinite().all() for t in state.values())
+    assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
+
+    image = torch.randn(2, 3, *cfg.input_size[1:])
+    model.eval()
+    features = model.forward_features(image)
+    other = timm.create_model(name, pretrained=True, num_classes=7).eval()
+    assert other(image).shape == (2, 7)
+    assert_close(other.forward_features(image), features, rtol=0, atol=0)
+    grey = timm.create_model(name, pretrained=True, in_chans=1).eval()
+    assert_close(grey(image[:, :1]), model(image[:, :1].expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
+    maps = timm.create_model(name, pretrained=True, features_only=True).eval()(image)
+    assert_close(maps, model.forward_intermediates(image, intermediates_only=True), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(('name', 'message'), [

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_gunn.verify import known_weights
+
 ROOT = Path(__file__).parent.parent
 NAMES = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
 LIST = f'assert timm.list_models(module="gunn") == {NAMES}; '
@@ -55,7 +57,7 @@ def source(tmp_path_factory):
     """A copy of what the package is built from."""
     path = tmp_path_factory.mktemp('source') / 'timm-gunn'
     path.mkdir()
-    for name in ('timm_gunn', 'pyproject.toml', 'README.md', 'LICENSE', 'NOTICE'):
+    for name in ('timm_gunn', 'weights', 'pyproject.toml', 'README.md', 'LICENSE', 'NOTICE'):
         item = ROOT / name
         (shutil.copytree if item.is_dir() else shutil.copy)(item, path / name)
     return path
@@ -106,6 +108,19 @@ def test_autoload_switched_off(wheel_env):
              'import timm_gunn, timm; ' + LIST]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(partial(wheel_env, TORCH_DEVICE_BACKEND_AUTOLOAD='0'), codes))
+
+
+def test_weights_travel_in_the_wheel(wheel_env):
+    """All that the package knows are found there, and are as they were published."""
+    result = wheel_env('''
+        import json, pathlib, timm, timm_gunn.verify
+        known = sorted(timm_gunn.verify.known_weights())
+        assert timm_gunn.verify.pretrained_names() == known
+        for name in known:
+            file = timm.get_pretrained_cfg(name).file
+            assert file is None or pathlib.Path(file).parent == pathlib.Path(timm_gunn.__file__).parent / "weights"
+        assert timm_gunn.verify.main([]) == 0''', HF_HUB_OFFLINE='1')
+    assert result.stdout.count(': ok, ') == len(known_weights())
 
 
 def test_torch_alone_gets_nothing_but_the_hook(wheel_env):

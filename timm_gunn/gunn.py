@@ -10,6 +10,7 @@ projection shortcut, and the transitions of the ImageNet networks pool before th
 """
 from collections import OrderedDict
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
@@ -392,9 +393,18 @@ def _c100_cfg(**kwargs) -> Dict[str, Any]:
     return _cifar_cfg(100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), **kwargs)
 
 
-# No entry names a source of weights: none have been published.
+def _shipped(name: str) -> Optional[str]:
+    """Path of weights that come with the package, in a wheel or in a checkout; None if they do not."""
+    here = Path(__file__).parent
+    folders = [here, here.parent] if (here.parent / 'pyproject.toml').is_file() else [here]
+    paths = [folder / 'weights' / f'{name}.safetensors' for folder in folders]
+    return next((str(path) for path in paths if path.is_file()), None)
+
+
+# An entry names a source of weights only once they are there: a file of the package or a repository on the Hub, as
+# 'owner/name.tag@commit', so that nobody else's weights can take their place. verify.py knows what they are.
 default_cfgs = generate_default_cfgs({
-    'gunn15.c10': _c10_cfg(),
+    'gunn15.c10': _c10_cfg(file=_shipped('gunn15.c10')),
     'gunn15.c100': _c100_cfg(),
     'gunn15_nores.c10': _c10_cfg(),
     'gunn15_nores.c100': _c100_cfg(),

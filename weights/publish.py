@@ -7,18 +7,25 @@ This writes a folder and says what would be uploaded; the same with --push uploa
 model.safetensors (loaded strictly, float32, finite), config.json in timm's format, fingerprint.json (logits of a fixed
 image) and README.md, a model card with the error of that very file on an image folder. The upload is one commit on the
 head of the repository as it was found, and none if there is nothing new. Then the Hub's sha256 is compared with the
-file's, the weights are loaded from that commit into an empty cache and their logits compared, and the line to paste
-into timm_gunn/gunn.py is printed, pinned to the commit. The token is that of `hf auth login` or HF_TOKEN.
+file's, the weights are loaded from that commit into an empty cache and their logits compared, and the lines that make
+them the pretrained weights of the model, pinned to the commit, are printed. The token is that of `hf auth login` or
+HF_TOKEN. Needs the extra "examples".
 """
 import argparse
 import hashlib
 import json
+import math
+import os
 import platform
+import re
 import shlex
-import sys
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
+
+# Files go up by LFS over HTTP, which is what the tests go through, whether hf_xet is installed or not.
+os.environ['HF_HUB_DISABLE_XET'] = '1'
 
 import huggingface_hub
 import safetensors
@@ -28,12 +35,15 @@ import timm.data
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import EvalResult, HfApi, ModelCardData
-from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from tqdm import tqdm
 
 import timm_gunn
-from timm_gunn.verify import FILENAME, find_config, fingerprint, sha256
+from timm_gunn.verify import FILENAME, find_config, fingerprint, same_logits, sha256
+
+FILES = ('README.md', 'config.json', 'fingerprint.json', FILENAME)
+CONFIGS = dict(c10='_c10_cfg', c100='_c100_cfg', in1k='_cfg')  # in timm_gunn/gunn.py, by tag
 
 CITATION = '''@inproceedings{Gunn,
   title = {Gradually Updated Neural Networks for Large-Scale Image Recognition},
@@ -62,12 +72,20 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--push', action='store_true', help='upload')
     parser.add_argument('--private', action='store_true', help='if the repository is new')
     args = parser.parse_args(argv)
-    if '.' not in args.model or find_config(args.model) is None:
-        parser.error(f'expected --model NAME.TAG of a timm model, such as gunn15.c10, got {args.model}')
-    if args.repo.count('/') != 1 or not all(args.repo.split('/')):
-        parser.error(f'expected --repo OWNER/NAME, got {args.repo}')
+    cfg = find_config(args.model)
+    if cfg is None or args.model != f'{cfg.architecture}.{cfg.tag}' or cfg.architecture not in timm.list_models(
+            module='gunn'):
+        parser.error(f'expected --model NAME.TAG of this package, such as gunn15.c10, got {args.model}')
+    try:
+        validate_repo_id(args.repo)
+        if '/' not in args.repo:
+            raise HFValidationError('no owner')
+    except HFValidationError as e:
+        parser.error(f'expected --repo OWNER/NAME, got {args.repo}: {e}')
     if args.output is None:
         args.output = Path('output') / 'publish' / args.repo.split('/')[1]
+    if args.output.exists() and (not args.output.is_dir() or {p.name for p in args.output.iterdir()} - {*FILES}):
+        parser.error(f'expected an --output that is new or holds nothing but {", ".join(FILES)}, got {args.output}')
     return args
 
 
@@ -86,10 +104,16 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
                 state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise SystemExit(f'{path} can not be read: {e}') from None
+    architecture = args.model.split('.')[0]
     if path.suffix != '.safetensors':
         key = dict(raw='state_dict', ema='state_dict_ema')[args.weights]
-        if not isinstance(state, dict) or state.get(key) is None:
-            raise SystemExit(f'{path}: expected {key} for --weights {args.weights}, got {list(state)}')
+        if not isinstance(state, dict) or not isinstance(state.get(key), dict):
+            found = list(state) if isinstance(state, dict) else type(state).__name__
+            raise SystemExit(f'{path}: expected {key} for --weights {args.weights}, got {found}')
+        # The order of the channels is in no weight: those of gunn15 load into sunn15.
+        trained = str(state.get('arch', architecture)).split('.')[0]
+        if trained != architecture:
+            raise SystemExit(f'{path} is of {trained}; expected --model {trained}.TAG, got {args.model}')
         state = timm.models.clean_state_dict(state[key])
     model = timm.create_model(args.model)
     try:
@@ -104,19 +128,22 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
     return model.eval()
 
 
-def evaluate(folder: Path, args: argparse.Namespace) -> Dict[str, float]:
-    """Accuracies (%) and loss of the weights in a folder on the images, in float32, as by timm's validate.py."""
-    model = timm.create_model(args.model, checkpoint_path=str(folder / FILENAME)).to(args.device).eval()
-    if not (args.data_dir / args.split).is_dir():
+def evaluate(file: Path, args: argparse.Namespace) -> Dict[str, float]:
+    """Accuracies (%) and loss of the weights in a file on the images, in float32, as by timm's validate.py."""
+    model = timm.create_model(args.model, checkpoint_path=str(file)).to(args.device).eval()
+    if not (args.data_dir / args.split).is_dir():  # timm would take what is there instead
         raise SystemExit(f'{args.data_dir / args.split}: no such folder; expected one with a subfolder per class')
-    dataset = timm.data.create_dataset('', root=args.data_dir, split=args.split)
+    try:
+        dataset = timm.data.create_dataset('', root=args.data_dir, split=args.split)
+    except (OSError, RuntimeError) as e:
+        raise SystemExit(f'{args.data_dir}: expected images in {args.split}/<class>/: {e}') from None
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise SystemExit(f'{args.data_dir}: expected {model.num_classes} classes, got {classes}')
-    config = timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_data_config({}, model=model, use_test_size=True)
     loader = timm.data.create_loader(
-        dataset, batch_size=args.batch_size, use_prefetcher=False, num_workers=0, persistent_workers=False, **{
-            k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')})
+        dataset, batch_size=args.batch_size, num_workers=0, persistent_workers=False, device=torch.device(args.device),
+        **{k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')})
     right1 = right5 = loss = 0
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for images, labels in tqdm(loader, desc='evaluating', unit='batch', leave=False, disable=None):
@@ -131,12 +158,23 @@ def evaluate(folder: Path, args: argparse.Namespace) -> Dict[str, float]:
 def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
     """Everything that is to be uploaded; returns the record for timm_gunn/weights.json."""
     model = load_weights(args)
+    model.pretrained_cfg = dict(model.pretrained_cfg, license=args.license)
     timm.models.save_for_hf(model, folder, safe_serialization=True)
-    result = evaluate(folder, args)
+    if args.checkpoint.suffix == '.safetensors':  # the same bytes, and so the same sha256
+        shutil.copyfile(args.checkpoint, folder / FILENAME)
+    else:
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(state, folder / FILENAME, metadata=dict(format='pt'))  # as train_cifar.py has it
+    result = evaluate(folder / FILENAME, args)
     record = dict(sha256=sha256(folder / FILENAME), logits=fingerprint(model, model.pretrained_cfg['input_size']))
+    if not all(map(math.isfinite, [result['loss'], *record['logits']])):
+        raise SystemExit(f'{args.checkpoint}: losses or logits are not finite, though the weights are')
     (folder / 'fingerprint.json').write_text(
         json.dumps(dict(record, image='timm_gunn.verify.fingerprint_image')) + '\n')
     (folder / 'README.md').write_text(card(model, args, result, record['sha256']))
+    for path in folder.iterdir():
+        if path.name != FILENAME and masked(path.read_text()) != path.read_text():
+            raise SystemExit(f'{path.name} would hold an access token; expected a --training-command without one')
     return record
 
 
@@ -144,7 +182,8 @@ def card(model: nn.Module, args: argparse.Namespace, result: Dict[str, float], d
     """Model card with its metadata."""
     cfg = model.pretrained_cfg
     data = dict(
-        task_type='image-classification', dataset_type=args.dataset_id or args.dataset_name,
+        task_type='image-classification',
+        dataset_type=args.dataset_id or re.sub(r'[^a-z0-9]+', '-', args.dataset_name.lower()).strip('-'),
         dataset_name=args.dataset_name, dataset_split=args.split)
     results = [EvalResult(
         **data, metric_type='accuracy', metric_name='Top-1 accuracy', metric_value=round(result['top1'], 4))]
@@ -155,7 +194,9 @@ def card(model: nn.Module, args: argparse.Namespace, result: Dict[str, float], d
         license=args.license, library_name='timm', pipeline_tag='image-classification', model_name=args.model,
         tags=['image-classification', 'timm', 'gunn'], eval_results=results,
         datasets=[args.dataset_id] if args.dataset_id else None)
-    command = 'python -m weights.publish ' + shlex.join(sys.argv[1:])
+    command = shlex.join([
+        'python', 'validate.py', str(args.data_dir.name), '--split', args.split, '--model', f'hf-hub:{args.repo}',
+        '--pretrained'])
     versions = ', '.join(f'{m.__name__} {m.__version__}' for m in (
         timm_gunn, timm, torch, huggingface_hub, safetensors)) + f', python {platform.python_version()}'
     size = 'x'.join(map(str, cfg['input_size'][1:]))
@@ -187,7 +228,7 @@ Of this very file, in float32. Trained by
 
     {args.training_command}
 
-and evaluated by
+and to be evaluated, to the same numbers, by timm's
 
     {command}
 
@@ -212,8 +253,32 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 # --- The Hub ---
 
-def remote_files(api: HfApi, repo: str, revision: str, folder: Path) -> Dict[str, bool]:
-    """For each file of a folder, whether the repository has the same at a revision."""
+def masked(text: str) -> str:
+    """A text without access tokens."""
+    token = get_token()
+    if token:
+        text = text.replace(token, '***')
+    return re.sub(r'\bhf_[A-Za-z0-9]{20,}', '***', text)
+
+
+def reason(error: BaseException) -> str:
+    """An error of the Hub's client, of HTTP or of a signal in one line."""
+    text = masked(' '.join(str(error).split())) or type(error).__name__
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if status == 401 or isinstance(error, huggingface_hub.errors.LocalTokenNotFoundError):
+        text += '. Log in by `hf auth login`, or set HF_TOKEN to a token that may write.'
+    elif status == 403:
+        text += '. Expected a token with write access, and a repository of your own.'
+    return text.rstrip('.') + '.'
+
+
+def git_blob_id(content: bytes) -> str:
+    """What git, and so the Hub, calls a small file by."""
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
+def differences(api: HfApi, repo: str, revision: str, folder: Path) -> List[str]:
+    """Names of the files of a folder that a repository does not have, or not the same, at a revision."""
     names = sorted(path.name for path in folder.iterdir())
     found = {info.path: info for info in api.get_paths_info(repo, names, revision=revision)}
 
@@ -225,17 +290,23 @@ def remote_files(api: HfApi, repo: str, revision: str, folder: Path) -> Dict[str
             return info.lfs.sha256 == sha256(folder / name)
         return info.blob_id == git_blob_id((folder / name).read_bytes())
 
-    return {name: same(name) for name in names}
+    return [name for name in names if not same(name)]
 
 
-def git_blob_id(content: bytes) -> str:
-    """What git, and so the Hub, calls a small file by."""
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
-def sentence(error: Exception) -> str:
-    """An error of the Hub's client in one line."""
-    return ' '.join(str(error).split()) or type(error).__name__
+def what_is_there(api: HfApi, repo: str, head: Optional[str], created: bool, folder: Path) -> str:
+    """A sentence on what an upload that was broken off has left on the Hub, by asking it."""
+    try:
+        now = api.model_info(repo).sha
+        if head is None or now == head:
+            return f'The repository {repo} has been created, without weights.' if created else (
+                f'No commit has been made to {repo}.')
+        if not differences(api, repo, now, folder):
+            return f'The commit {now} is in {repo} and not yet checked: publish again, which will do that.'
+        return f'{repo} has got the commit {now} from somebody else in the meantime: look at it, and publish again.'
+    except RepositoryNotFoundError:
+        return f'There is no repository {repo}: nothing has been uploaded.'
+    except Exception as e:
+        return f'What {repo} holds now could not be found out ({reason(e)}): look at it before you publish again.'
 
 
 def push(folder: Path, args: argparse.Namespace, record: Dict[str, Any]) -> str:
@@ -245,42 +316,44 @@ def push(folder: Path, args: argparse.Namespace, record: Dict[str, Any]) -> str:
         SystemExit: With what is on the Hub now, if anything goes wrong.
     """
     api, repo = HfApi(), args.repo
+    head, created = None, False
     try:
-        user = api.whoami()['name']
-    except OSError as e:
-        raise SystemExit(f'the Hub does not know who you are ({sentence(e)}). Log in by `hf auth login`, or set '
-                         'HF_TOKEN to a token that may write. Nothing has been uploaded.') from None
-    left = 'Nothing has been uploaded.'
+        api.whoami()
+    except Exception as e:
+        raise SystemExit(f'{reason(e)} Nothing has been uploaded.') from None
     try:
         try:
-            head = api.model_info(repo).sha
+            info = api.model_info(repo)
         except RepositoryNotFoundError:
-            api.create_repo(repo, private=args.private)
-            left = f'The repository {repo} has been created and is empty.'
-            head = api.model_info(repo).sha
-        commit = head
-        if all(remote_files(api, repo, head, folder).values()):
-            print(f'{repo} has all of this already, at {head}: no commit')
-        else:
+            created = True
+            api.create_repo(repo, private=args.private or None)
+            info = api.model_info(repo)
+        if args.private and not info.private:
+            raise ValueError(f'{repo} is public; expected a private repository, or no --private')
+        pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(('.bin', '.pth', '.pt', '.ckpt', '.pkl'))]
+        if pickles:
+            raise ValueError(f'{repo} holds {", ".join(pickles)}; expected none that is loaded by pickle: remove them')
+        commit = head = info.sha
+        if differences(api, repo, head, folder):
             commit = api.upload_folder(
                 repo_id=repo, folder_path=folder, parent_commit=head,
                 commit_message=f'{args.model}, sha256 {record["sha256"][:12]}').oid
-            left = f'The commit {commit} is in {repo}, and has not passed its checks: do not use it before it has.'
-        wrong = [name for name, same in remote_files(api, repo, commit, folder).items() if not same]
+        else:
+            print(f'{repo} has all of this already, at {head}: no commit')
+    except (Exception, KeyboardInterrupt) as e:
+        raise SystemExit(f'{reason(e)} {what_is_there(api, repo, head, created, folder)}') from None
+    try:
+        wrong = differences(api, repo, commit, folder)
         if wrong:
-            raise SystemExit(f'{repo} at {commit} has other contents in {", ".join(wrong)}. {left}')
+            raise ValueError(f'{repo} has other contents in {", ".join(wrong)}')
         with tempfile.TemporaryDirectory() as cache:
             model = timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True, cache_dir=cache)
             logits = fingerprint(model, model.pretrained_cfg['input_size'])
-        if logits != record['logits']:
-            raise SystemExit(f'{repo} at {commit}, loaded again, gives other logits. {left}')
-    except (OSError, RuntimeError, ValueError) as e:
-        why = sentence(e)
-        if isinstance(e, HfHubHTTPError) and e.response is not None and e.response.status_code == 412:
-            why = f'{repo} has got a commit from somebody else in the meantime; look at it, and publish again'
-        elif isinstance(e, HfHubHTTPError) and e.response is not None and e.response.status_code == 403:
-            why = f'{user} may not write to {repo}; expected a token with write access, or a repository of your own'
-        raise SystemExit(f'{why}. {left}') from None
+        if not same_logits(logits, record['logits']):
+            raise ValueError(f'what {repo} serves gives other logits')
+    except (Exception, KeyboardInterrupt) as e:
+        raise SystemExit(f'{reason(e)} The commit {commit} is in {repo} and has not passed its checks: do not use it '
+                         'before it has. Publishing again repeats them.') from None
     return commit
 
 
@@ -291,9 +364,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix='.publish-') as temporary:
         new = Path(temporary) / 'new'
         record = write_folder(new, args)
-        if args.output.exists():
-            args.output.rename(Path(temporary) / 'old')
-        new.rename(args.output)
+        replace(args.output, new)
     print((args.output / 'README.md').read_text().split('## Results')[1].split('Of this')[0].strip())
     for path in sorted(args.output.iterdir()):
         print(f'{path}: {path.stat().st_size:,} bytes, sha256 {sha256(path)}')
@@ -301,9 +372,25 @@ def main(argv: Optional[List[str]] = None) -> None:
         print(f'--push would upload these to https://huggingface.co/{args.repo}, as one commit')
         return
     commit = push(args.output, args, record)
-    print(f"""{args.repo} at {commit} has been checked. To make it the weights of {args.model}:
-in timm_gunn/gunn.py, default_cfgs, the entry {args.model!r} with   hf_hub_id='{args.repo}@{commit}'
-in timm_gunn/weights.json   {json.dumps({args.model: record})[1:-1]}""")
+    print(f"""{args.repo} at {commit} has been checked. Lines that make it the pretrained weights of {args.model},
+in timm_gunn/gunn.py, default_cfgs (in place of the entry that is there):
+    {args.model!r}: {CONFIGS[args.model.split('.')[1]]}(hf_hub_id='{args.repo}@{commit}'),
+in timm_gunn/weights.json (likewise):
+    {json.dumps({args.model: record})[1:-1]}""")
+
+
+def replace(folder: Path, new: Path) -> None:
+    """Put a folder in the place of another, which stays if that fails."""
+    old = folder.with_name(f'.{folder.name}.old')
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == '__main__':
