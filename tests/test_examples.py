@@ -1,6 +1,7 @@
 """The examples run as scripts, briefly."""
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ def test_quickstart(tmp_path):
     result = run('quickstart.py', '--epochs', '1', '--train-images', '64', '--size', '16', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert 'accuracy on 450 held-out images: ' in result.stdout
-    assert (tmp_path / 'output' / 'quickstart.png').read_bytes().startswith(b'\x89PNG')
+    for name in ('quickstart.png', 'photographs.png'):
+        assert (tmp_path / 'output' / name).read_bytes().startswith(b'\x89PNG')
+    named = re.search(r'gunn15.c10 names rightly: (\d+) of 12', result.stdout)
+    assert int(named[1]) >= 9  # 11 when this was written
     result = run('quickstart.py', '--train-images', '8', cwd=tmp_path)
     assert result.returncode == 2
     assert 'at least one batch of 32 training images, got 8' in result.stderr
@@ -78,6 +82,14 @@ def test_results_table(tmp_path, capsys):
         '| 26 (25 to 26) | a GPU | 4.15 |',
         '| `sunn15.c100` | CIFAR-100, 10000 images | 30 | onecycle, averaged weights | 0 | 25.00 | 3 | a CPU | 23.75 |',
         '| `resnet18` | digits, 450 images | 3 | onecycle | 0 | 2.00 | 1 | a CPU |  |']
+
+
+def test_results_table_is_that_of_the_readmes(capsys):
+    results_table.main([])
+    table = capsys.readouterr().out
+    assert table.count('\n') > 2
+    for readme in ('README.md', 'weights/README.md'):
+        assert table in (EXAMPLES.parent / readme).read_text()
 
 
 def test_training_dynamics(tmp_path, capsys):
