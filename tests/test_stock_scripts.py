@@ -215,3 +215,42 @@ def test_average_and_clean_checkpoints(images, checkpoints, tmp_path):
         out = run('validate.py', images, '--model', 'gunn15', '--num-classes', 2, '--checkpoint', path,
                   '--device', DEVICE, '--workers', 1, '--batch-size', 8)
         assert '"top1":' in out
+
+
+@pytest.fixture(scope='session')
+def ten_classes(tmp_path_factory):
+    """An image folder of ten classes of noise, 40 training and 30 validation images of 32x32."""
+    from PIL import Image
+    root = tmp_path_factory.mktemp('ten')
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 4), ('validation', 3)):
+        for label in range(10):
+            (root / split / f'class{label}').mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(130, (32, 32, 3), generator=generator, dtype=torch.uint8) + 10 * label
+                Image.fromarray(pixels.numpy()).save(root / split / f'class{label}' / f'{i}.png')
+    return root
+
+
+def test_publish_a_checkpoint_of_train(ten_classes, tmp_path):
+    """Raw and averaged weights; the numbers of the card are those of validate.py on the file that is to go up."""
+    import json
+
+    import safetensors.torch
+    run('train.py', *train_args(ten_classes, tmp_path), '--num-classes', 10, '--model-ema', '--model-ema-decay', 0.5)
+    heads = {}
+    for weights in ('raw', 'ema'):
+        folder = tmp_path / weights
+        result = subprocess.run(
+            [sys.executable, '-m', 'weights.publish', tmp_path / 'run' / 'last.pth.tar', '--weights', weights,
+             '--model', 'gunn15.c10', '--repo', 'me/gunn15.c10', '--data-dir', ten_classes, '--split', 'validation',
+             '--dataset-name', 'noise', '--training-command', 'python train.py', '--output', folder],
+            capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        assert result.returncode == 0, result.stderr
+        heads[weights] = safetensors.torch.load_file(folder / 'model.safetensors')['head.fc.weight']
+        validated = json.loads(run(
+            'validate.py', ten_classes, '--split', 'validation', '--model', 'gunn15', '--checkpoint',
+            folder / 'model.safetensors', '--device', DEVICE, '--workers', 1).split('--result')[1])
+        card = (folder / 'README.md').read_text()
+        assert f'| {validated["top1_err"]:.2f} | {validated["top5_err"]:.2f} |' in card
+    assert not torch.equal(heads['raw'], heads['ema'])
