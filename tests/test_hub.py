@@ -32,8 +32,9 @@ MODEL, REPO = 'gunn15.c10', 'me/gunn15.c10'
 CLASSES = 10
 
 CHILD = '''
-import contextlib, io, json, sys, traceback
-sys.argv = ['-c']
+import contextlib, io, json, sys, time, traceback
+sleep, sys.argv = time.sleep, ['-c']
+time.sleep = lambda seconds: sleep(min(seconds, 0.05))  # the client waits for seconds before each new attempt
 out = sys.stdout
 for line in sys.stdin:
     printed, error = io.StringIO(), None

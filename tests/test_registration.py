@@ -6,8 +6,6 @@ import sys
 import sysconfig
 import textwrap
 import venv
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,43 +69,41 @@ def wheel_env(source, tmp_path_factory):
 
 
 IMPORTS = [
-    'import timm', 'import torch, timm', 'import torchvision, timm', 'import timm.models.resnet, timm',
-    'from timm.models import create_model; import timm', 'import timm.layers, timm',
-    'import timm, timm_gunn', 'import timm_gunn, timm', 'import timm_gunn.layer, timm', 'import timm_gunn.gunn, timm',
+    'import timm', 'import timm.models.resnet, timm', 'from timm.models import create_model; import timm',
+    'import timm, timm_gunn', 'import timm_gunn, timm', 'import timm_gunn.gunn, timm',
     'from timm_gunn import GunnLayer; import timm', 'import torch, timm_gunn, timm',
+    *(pytest.param(imports, marks=pytest.mark.slow) for imports in (  # as the first: torch comes before timm in all
+        'import torch, timm', 'import torchvision, timm', 'import timm.layers, timm', 'import timm_gunn.layer, timm')),
 ]
 
 
-@pytest.fixture(scope='module')
-def interpreters(wheel_env):
-    """The interpreters of test_import_orders, two at a time: each is seconds of work for one core."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {imports: pool.submit(wheel_env, f'''
-            {imports}
-            {LIST}
-            import sys
-            assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
-            timm.create_model("gunn15", device="meta")''', '-W', 'default') for imports in IMPORTS}
-
-
 @pytest.mark.parametrize('imports', IMPORTS)
-def test_import_orders(interpreters, imports):
+def test_import_orders(wheel_env, imports):
     """Every order registers all the names once (timm warns of a second registration) and leaves no hook."""
-    result = interpreters[imports].result()
+    result = wheel_env(f'''
+        {imports}
+        {LIST}
+        import sys
+        assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
+        timm.create_model("gunn15", device="meta")''', '-W', 'default')
     assert 'Overwriting' not in result.stderr
     assert 'timm-gunn could not' not in result.stderr
 
 
-@pytest.mark.parametrize('options', [(), ('-I',), ('-O',), ('-E', '-s'), ('-W', 'error')], ids=' '.join)
+@pytest.mark.parametrize('options', [
+    ('-I',), ('-W', 'error'),
+    pytest.param(('-O',), marks=pytest.mark.slow),  # compiles every module that there is
+    pytest.param(('-E', '-s'), marks=pytest.mark.slow),  # which -I implies
+], ids=' '.join)
 def test_interpreter_options(wheel_env, options):
     wheel_env('import timm; ' + LIST, *options)
 
 
-def test_autoload_switched_off(wheel_env):
-    codes = ['import timm; assert not timm.list_models("gunn*")', 'import timm, timm_gunn; ' + LIST,
-             'import timm_gunn, timm; ' + LIST]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(partial(wheel_env, TORCH_DEVICE_BACKEND_AUTOLOAD='0'), codes))
+@pytest.mark.parametrize('code', [
+    'import timm; assert not timm.list_models("gunn*")', 'import timm, timm_gunn; ' + LIST,
+    'import timm_gunn, timm; ' + LIST], ids=['timm', 'timm first', 'timm_gunn first'])
+def test_autoload_switched_off(wheel_env, code):
+    wheel_env(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
 
 
 def test_weights_travel_in_the_wheel(wheel_env):
