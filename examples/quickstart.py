@@ -122,7 +122,8 @@ def main() -> None:
         parser.error(f'expected --epochs >= 1 and --batch-size >= 2, got {args.epochs} and {args.batch_size}')
 
     torch.manual_seed(0)
-    pretrained = timm.is_model_pretrained(args.model)
+    # Weights that come with the package: those of other models would have to be downloaded.
+    pretrained = args.model.split('.')[0] in timm.list_models(module='gunn') and timm.is_model_pretrained(args.model)
     model = timm.create_model(args.model, pretrained=pretrained, num_classes=10, in_chans=1)
     model.to(memory_format=torch.channels_last)
     print(f'{args.model} with one input channel: {sum(p.numel() for p in model.parameters()):,} parameters')

@@ -194,6 +194,43 @@ def test_weights_are_adapted(name, kwargs, tmp_path):
         assert_close(model.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize('prefix', ['module.', 'backbone.', 'encoder.model.'])
+@pytest.mark.parametrize('kwargs', [dict(features_only=True), dict(num_classes=0)], ids=str)
+def test_weights_of_a_backbone_inside_another_network(kwargs, prefix, tmp_path):
+    source = randomise(small('gunn18'))
+    state = {f'{prefix}{k}': v for k, v in source.state_dict().items()}
+    torch.save({'state_dict': {**state, 'decoder.weight': torch.ones(1)}}, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'))
+    model = small('gunn18', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert_close(dict(model.state_dict()), {k: source.state_dict()[k] for k in model.state_dict()}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('keys', 'message'), [
+    (['conv1.weight'], r"'stem.conv.weight' with or without a prefix, got \['conv1.weight'\]"),
+    (['a.stem.conv.weight', 'b.stem.conv.weight'], r"got those of several, \['a.', 'b.'\]"),
+    (['mystem.conv.weight'], r"got \['mystem.conv.weight'\]")])
+def test_weights_that_are_not_there(keys, message, tmp_path):
+    """An error, where timm itself would leave the network as it is."""
+    torch.save(dict.fromkeys(keys, torch.ones(1)), tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match=message):
+        small('gunn18', pretrained=True, features_only=True,
+              pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_unpooled_features_without_a_classifier(name):
+    model = small(name)
+    x = torch.randn(2, 3, 64, 96)
+    expected = model.eval().forward_features(x)
+    model.reset_classifier(0, global_pool='')
+    assert_close(model(x), expected, rtol=0, atol=0)
+    assert model(x).ndim == 4
+    model = small(name).eval()
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.head.global_pool.pool_type == 'avg'
+
+
 @pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
 def test_initialisation(name):
     torch.manual_seed(0)

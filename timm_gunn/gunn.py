@@ -357,10 +357,28 @@ def _init_weights(module: nn.Module) -> None:
             _init_weights(child)
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights of a network, out of those of a larger one that holds it as 'backbone' or under any other name.
+
+    Raises:
+        ValueError: If there is no such network in state_dict, or more than one. Where timm loads without strictness,
+            into features_only for instance, it would go on with what it has not loaded.
+    """
+    key = 'stem.conv.weight'
+    prefixes = [k[:-len(key)] for k in state_dict if f'.{k}'.endswith(f'.{key}')]
+    if len(prefixes) != 1:
+        raise ValueError(
+            f'Gunn: expected the weights of one network, among them {key!r} with or without a prefix, got '
+            f'{f"those of several, {prefixes}" if prefixes else list(state_dict)[:3]}.')
+    prefix, = prefixes
+    return {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
     out_indices = tuple(range(3 if kwargs['layout'] == 'cifar' else 5))
     return build_model_with_cfg(
-        Gunn, variant, pretrained, feature_cfg=dict(out_indices=out_indices), **kwargs)
+        Gunn, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices), **kwargs)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from timm.models import PretrainedCfg
 
 FILENAME = 'model.safetensors'
@@ -88,9 +89,10 @@ def verify(name: str) -> Tuple[bool, str]:
     path = find_file(cfg)
     found = sha256(path)
     if found != known['sha256']:
+        remedy = 'Install the package again.' if cfg.file else f'Remove {path.resolve()}; it is then downloaded again.'
         return False, (
-            f'{name}: {path} has the sha256 {found}, expected {known["sha256"]}: it is damaged or another file. Remove '
-            'it, so that it is downloaded again, or install the package again if it came with that.')
+            f'{name}: {path} has the sha256 {found}, expected {known["sha256"]}: it is damaged or another file. '
+            f'{remedy}')
     model = timm.create_model(name, pretrained=True)
     if not same_logits(fingerprint(model, model.pretrained_cfg['input_size']), known['logits']):
         return False, f'{name}: the logits of the fixed image are others, though the file is the right one'
@@ -108,8 +110,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name in names:
         try:
             fine, sentence = verify(name)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+            fine, sentence = False, (
+                f'{name}: {type(e).__name__}: {e}\nThe weights are gone from there, or the repository has become '
+                "somebody else's. Look for a newer version of this package, and do not load them without their commit.")
         except Exception as e:  # of the client, of HTTP, of a file that can not be read
-            fine, sentence = False, f'{name}: {type(e).__name__}: {e}'
+            fine, sentence = False, (
+                f'{name}: {type(e).__name__}: {e}\nThe weights could not be had. Look at the connection and try again.')
         print(sentence)
         status |= not fine
     return status

@@ -5,11 +5,12 @@
 
 This writes a folder and says what would be uploaded; the same with --push uploads it. The folder holds
 model.safetensors (loaded strictly, float32, finite), config.json in timm's format, fingerprint.json (logits of a fixed
-image) and README.md, a model card with the error of that very file on an image folder. The upload is one commit on the
-head of the repository as it was found, and none if there is nothing new. Then the Hub's sha256 is compared with the
-file's, the weights are loaded from that commit into an empty cache and their logits compared, and the lines that make
-them the pretrained weights of the model, pinned to the commit, are printed. The token is that of `hf auth login` or
-HF_TOKEN. Needs the extra "examples".
+image) and README.md, a model card with the error of that very file on an image folder. A checkpoint has to be of the
+network that it is published as, by its name, arguments and preprocessing; a .safetensors file does not say what it is
+of, and is taken by its shapes. The upload is one commit on the head of the repository as it was found, and none if
+there is nothing new. Then the weights are loaded from that commit into an empty cache, sha256 and logits are compared,
+and the lines that make them the pretrained weights of the model, pinned to the commit, are printed. The token is that
+of `hf auth login` or HF_TOKEN. Needs the extra "examples".
 """
 import argparse
 import hashlib
@@ -21,8 +22,10 @@ import re
 import shlex
 import shutil
 import tempfile
+import textwrap
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 # Files go up by LFS over HTTP, which is what the tests go through, whether hf_xet is installed or not.
 os.environ['HF_HUB_DISABLE_XET'] = '1'
@@ -35,14 +38,17 @@ import timm.data
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
+from PIL import Image
 from tqdm import tqdm
 
 import timm_gunn
 from timm_gunn.verify import FILENAME, find_config, fingerprint, same_logits, sha256
 
 FILES = ('README.md', 'config.json', 'fingerprint.json', FILENAME)
+PICKLES = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.pkl', '.pickle', '.joblib')
+HARMLESS = {'fused', 'drop_rate', 'drop_path_rate'}  # arguments of a model without which it computes the same
 CONFIGS = dict(c10='_c10_cfg', c100='_c100_cfg', in1k='_cfg')  # in timm_gunn/gunn.py, by tag
 
 CITATION = '''@inproceedings{Gunn,
@@ -82,11 +88,35 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             raise HFValidationError('no owner')
     except HFValidationError as e:
         parser.error(f'expected --repo OWNER/NAME, got {args.repo}: {e}')
-    if args.output is None:
-        args.output = Path('output') / 'publish' / args.repo.split('/')[1]
-    if args.output.exists() and (not args.output.is_dir() or {p.name for p in args.output.iterdir()} - {*FILES}):
-        parser.error(f'expected an --output that is new or holds nothing but {", ".join(FILES)}, got {args.output}')
+    if not args.dataset_name.strip() or re.search(r'[|\n]', args.dataset_name):
+        parser.error(f'expected a --dataset-name in one line and without "|", got {args.dataset_name!r}')
+    if args.dataset_id is None and not slug(args.dataset_name):
+        parser.error(f'expected a --dataset-id, as {args.dataset_name!r} gives none')
+    if args.batch_size < 1:
+        parser.error(f'expected --batch-size >= 1, got {args.batch_size}')
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        parser.error(f'expected a --device that is there, got {args.device}: {e}')
+    args.output = (args.output or Path('output') / 'publish' / args.repo.split('/')[1]).resolve()
+    if not next(p for p in args.output.parents if p.exists()).is_dir() or args.output in (
+            Path.cwd(), *Path.cwd().parents):
+        parser.error(f'expected an --output of its own, in a folder, got {args.output}')
+    if args.output.exists() and (not args.output.is_dir() or not is_ours({p.name for p in args.output.iterdir()})):
+        parser.error(f'expected an --output that is new or holds what was published, got {args.output}')
+    if backup(args.output).exists():
+        parser.error(f'{backup(args.output)} is left from a run that was killed; expected it to be moved or removed')
     return args
+
+
+def slug(name: str) -> str:
+    """What a data set is called where no spaces may be."""
+    return re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
+
+
+def is_ours(names: Set[str]) -> bool:
+    """Whether a folder with such files is one that was written here, or empty."""
+    return not names or ('fingerprint.json' in names and names <= {*FILES})
 
 
 # --- The folder ---
@@ -104,18 +134,15 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
                 state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise SystemExit(f'{path} can not be read: {e}') from None
-    architecture = args.model.split('.')[0]
+    model = timm.create_model(args.model)
     if path.suffix != '.safetensors':
         key = dict(raw='state_dict', ema='state_dict_ema')[args.weights]
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-            found = list(state) if isinstance(state, dict) else type(state).__name__
-            raise SystemExit(f'{path}: expected {key} for --weights {args.weights}, got {found}')
-        # The order of the channels is in no weight: those of gunn15 load into sunn15.
-        trained = str(state.get('arch', architecture)).split('.')[0]
-        if trained != architecture:
-            raise SystemExit(f'{path} is of {trained}; expected --model {trained}.TAG, got {args.model}')
+            found = f'{list(state)[:5]}' if isinstance(state, dict) else type(state).__name__
+            raise SystemExit(f'{path}: expected {key} for --weights {args.weights}, got {found}; a state dict by '
+                             'itself is taken as .safetensors')
+        check_origin(path, state, model)
         state = timm.models.clean_state_dict(state[key])
-    model = timm.create_model(args.model)
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -126,6 +153,23 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
         if not t.isfinite().all():
             raise SystemExit(f'{path}: {name} has values that are not finite')
     return model.eval()
+
+
+def check_origin(path: Path, state: Dict[str, Any], model: nn.Module) -> None:
+    """SystemExit if a checkpoint is of another network: the order of the channels, for one, is in no weight."""
+    expected = model.pretrained_cfg['architecture']
+    trained = re.sub(r'^hf[-_]hub:.*/|@.*|\..*', '', str(state.get('arch', expected)))
+    if trained != expected:
+        raise SystemExit(f'{path} is of {trained}; expected --model {trained}.TAG, got one of {expected}')
+    options = {**vars(state.get('args', argparse.Namespace())), **state.get('settings', {})}
+    kwargs = {k: v for k, v in (options.get('model_kwargs') or {}).items() if k not in HARMLESS}
+    if kwargs:
+        raise SystemExit(f'{path} was trained with the model arguments {kwargs}; expected {expected} as it is')
+    for name in ('mean', 'std'):
+        value = options.get(name)
+        if value and tuple(value) != tuple(model.pretrained_cfg[name]):
+            raise SystemExit(
+                f'{path} was trained with --{name} {value}; expected that of the model, {model.pretrained_cfg[name]}')
 
 
 def evaluate(file: Path, args: argparse.Namespace) -> Dict[str, float]:
@@ -140,6 +184,12 @@ def evaluate(file: Path, args: argparse.Namespace) -> Dict[str, float]:
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise SystemExit(f'{args.data_dir}: expected {model.num_classes} classes, got {classes}')
+    for path in tqdm(dataset.filenames(absolute=True), desc='reading', unit='image', leave=False, disable=None):
+        try:  # timm would take another image in place of one that can not be read
+            with Image.open(path) as image:
+                image.load()
+        except Exception as e:
+            raise SystemExit(f'{path} can not be read: {e}') from None
     config = timm.data.resolve_data_config({}, model=model, use_test_size=True)
     loader = timm.data.create_loader(
         dataset, batch_size=args.batch_size, num_workers=0, persistent_workers=False, device=torch.device(args.device),
@@ -160,6 +210,10 @@ def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
     model = load_weights(args)
     model.pretrained_cfg = dict(model.pretrained_cfg, license=args.license)
     timm.models.save_for_hf(model, folder, safe_serialization=True)
+    config = json.loads((folder / 'config.json').read_text())
+    # Stated beside them as well, which TimmWrapperForImageClassification of transformers 5.23 stumbles on.
+    config.get('model_args', {}).pop('num_classes', None)
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     if args.checkpoint.suffix == '.safetensors':  # the same bytes, and so the same sha256
         shutil.copyfile(args.checkpoint, folder / FILENAME)
     else:
@@ -172,9 +226,12 @@ def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
     (folder / 'fingerprint.json').write_text(
         json.dumps(dict(record, image='timm_gunn.verify.fingerprint_image')) + '\n')
     (folder / 'README.md').write_text(card(model, args, result, record['sha256']))
-    for path in folder.iterdir():
-        if path.name != FILENAME and masked(path.read_text()) != path.read_text():
-            raise SystemExit(f'{path.name} would hold an access token; expected a --training-command without one')
+    texts = {path.name: path.read_text() for path in folder.iterdir() if path.name != FILENAME}
+    with safetensors.safe_open(folder / FILENAME, 'pt') as f:
+        texts[FILENAME] = str(f.metadata())
+    for name, text in texts.items():
+        if masked(text) != text:
+            raise SystemExit(f'{name} would hold an access token; expected a checkpoint and arguments without one')
     return record
 
 
@@ -183,7 +240,7 @@ def card(model: nn.Module, args: argparse.Namespace, result: Dict[str, float], d
     cfg = model.pretrained_cfg
     data = dict(
         task_type='image-classification',
-        dataset_type=args.dataset_id or re.sub(r'[^a-z0-9]+', '-', args.dataset_name.lower()).strip('-'),
+        dataset_type=args.dataset_id or slug(args.dataset_name),
         dataset_name=args.dataset_name, dataset_split=args.split)
     results = [EvalResult(
         **data, metric_type='accuracy', metric_name='Top-1 accuracy', metric_value=round(result['top1'], 4))]
@@ -195,7 +252,7 @@ def card(model: nn.Module, args: argparse.Namespace, result: Dict[str, float], d
         tags=['image-classification', 'timm', 'gunn'], eval_results=results,
         datasets=[args.dataset_id] if args.dataset_id else None)
     command = shlex.join([
-        'python', 'validate.py', str(args.data_dir.name), '--split', args.split, '--model', f'hf-hub:{args.repo}',
+        'python', 'validate.py', args.data_dir.resolve().name, '--split', args.split, '--model', f'hf-hub:{args.repo}',
         '--pretrained'])
     versions = ', '.join(f'{m.__name__} {m.__version__}' for m in (
         timm_gunn, timm, torch, huggingface_hub, safetensors)) + f', python {platform.python_version()}'
@@ -212,8 +269,8 @@ timm-gunn.
 
 - Parameters: {sum(p.numel() for p in model.parameters()):,}
 - Image size: {size}
-- Training data: {args.dataset_name}
-- Weights: {dict(raw='those of the last step', ema='their moving average (EMA)')[args.weights]}, float32
+- Data set: {args.dataset_name}
+- Weights: {dict(raw='raw, not averaged', ema='moving average (EMA)')[args.weights]}, float32
 - sha256 of `{FILENAME}`: `{digest}`
 - License of the weights: {args.license}; the terms of the data set hold as well
 
@@ -226,7 +283,7 @@ timm-gunn.
 
 Of this very file, in float32. Trained by
 
-    {args.training_command}
+{textwrap.indent(args.training_command.strip(), '    ')}
 
 and to be evaluated, to the same numbers, by timm's
 
@@ -269,6 +326,8 @@ def reason(error: BaseException) -> str:
         text += '. Log in by `hf auth login`, or set HF_TOKEN to a token that may write.'
     elif status == 403:
         text += '. Expected a token with write access, and a repository of your own.'
+    elif status == 409:
+        text += '. Somebody has it, or the token may not see it.'
     return text.rstrip('.') + '.'
 
 
@@ -293,18 +352,20 @@ def differences(api: HfApi, repo: str, revision: str, folder: Path) -> List[str]
     return [name for name in names if not same(name)]
 
 
-def what_is_there(api: HfApi, repo: str, head: Optional[str], created: bool, folder: Path) -> str:
+def what_is_there(api: HfApi, repo: str, head: Optional[str], folder: Path) -> str:
     """A sentence on what an upload that was broken off has left on the Hub, by asking it."""
     try:
-        now = api.model_info(repo).sha
-        if head is None or now == head:
-            return f'The repository {repo} has been created, without weights.' if created else (
+        info = api.model_info(repo)
+        now = info.sha
+        if head in (None, now):
+            empty = {f.rfilename for f in info.siblings} <= {'.gitattributes'}
+            return f'The repository {repo} is there, without weights.' if empty else (
                 f'No commit has been made to {repo}.')
         if not differences(api, repo, now, folder):
             return f'The commit {now} is in {repo} and not yet checked: publish again, which will do that.'
         return f'{repo} has got the commit {now} from somebody else in the meantime: look at it, and publish again.'
     except RepositoryNotFoundError:
-        return f'There is no repository {repo}: nothing has been uploaded.'
+        return f'There is no repository {repo} that this token can see: nothing has been uploaded.'
     except Exception as e:
         return f'What {repo} holds now could not be found out ({reason(e)}): look at it before you publish again.'
 
@@ -316,21 +377,22 @@ def push(folder: Path, args: argparse.Namespace, record: Dict[str, Any]) -> str:
         SystemExit: With what is on the Hub now, if anything goes wrong.
     """
     api, repo = HfApi(), args.repo
-    head, created = None, False
+    head = None
     try:
         api.whoami()
+        with suppress(OSError):  # huggingface_hub < 1 asks huggingface.co alone; the upload asks the right one again
+            ModelCard.load(folder / 'README.md').validate()
     except Exception as e:
         raise SystemExit(f'{reason(e)} Nothing has been uploaded.') from None
     try:
         try:
             info = api.model_info(repo)
         except RepositoryNotFoundError:
-            created = True
             api.create_repo(repo, private=args.private or None)
             info = api.model_info(repo)
         if args.private and not info.private:
             raise ValueError(f'{repo} is public; expected a private repository, or no --private')
-        pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(('.bin', '.pth', '.pt', '.ckpt', '.pkl'))]
+        pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(PICKLES)]
         if pickles:
             raise ValueError(f'{repo} holds {", ".join(pickles)}; expected none that is loaded by pickle: remove them')
         commit = head = info.sha
@@ -341,7 +403,7 @@ def push(folder: Path, args: argparse.Namespace, record: Dict[str, Any]) -> str:
         else:
             print(f'{repo} has all of this already, at {head}: no commit')
     except (Exception, KeyboardInterrupt) as e:
-        raise SystemExit(f'{reason(e)} {what_is_there(api, repo, head, created, folder)}') from None
+        raise SystemExit(f'{reason(e)} {what_is_there(api, repo, head, folder)}') from None
     try:
         wrong = differences(api, repo, commit, folder)
         if wrong:
@@ -349,6 +411,9 @@ def push(folder: Path, args: argparse.Namespace, record: Dict[str, Any]) -> str:
         with tempfile.TemporaryDirectory() as cache:
             model = timm.create_model(f'hf-hub:{repo}@{commit}', pretrained=True, cache_dir=cache)
             logits = fingerprint(model, model.pretrained_cfg['input_size'])
+            served = [sha256(path) for path in Path(cache).rglob(FILENAME)]
+        if served != [record['sha256']]:
+            raise ValueError(f'{repo} serves a {FILENAME} of sha256 {", ".join(served)}, expected {record["sha256"]}')
         if not same_logits(logits, record['logits']):
             raise ValueError(f'what {repo} serves gives other logits')
     except (Exception, KeyboardInterrupt) as e:
@@ -379,9 +444,14 @@ in timm_gunn/weights.json (likewise):
     {json.dumps({args.model: record})[1:-1]}""")
 
 
+def backup(folder: Path) -> Path:
+    """Where a folder is while another takes its place."""
+    return folder.with_name(f'.{folder.name}.old')
+
+
 def replace(folder: Path, new: Path) -> None:
     """Put a folder in the place of another, which stays if that fails."""
-    old = folder.with_name(f'.{folder.name}.old')
+    old = backup(folder)
     if folder.exists():
         folder.rename(old)
     try:
