@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
 import model_table
+import quickstart
 import results_table
 import train_cifar
 from benchmark import bench_models, bench_sweep, parse_args
@@ -31,9 +32,16 @@ def test_quickstart(tmp_path):
         assert (tmp_path / 'output' / name).read_bytes().startswith(b'\x89PNG')
     named = re.search(r'gunn15.c10 names rightly: (\d+) of 12', result.stdout)
     assert int(named[1]) >= 9  # 11 when this was written
-    result = run('quickstart.py', '--train-images', '8', cwd=tmp_path)
-    assert result.returncode == 2
-    assert 'at least one batch of 32 training images, got 8' in result.stderr
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--train-images', '8'], 'at least one batch of 32 training images, got 8'),
+    (['--epochs', '0'], 'expected --epochs >= 1 and --batch-size >= 2, got 0 and 32')])
+def test_quickstart_says_what_is_wrong(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['quickstart.py', *options])
+    with pytest.raises(SystemExit):
+        quickstart.main()
+    assert message in capsys.readouterr().err
 
 
 def test_model_table_is_that_of_the_readme(capsys):
@@ -59,9 +67,8 @@ def test_benchmark_says_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):
         bench_sweep(parse_args(['--sweep', '400x56', '12x4', '--segments', '5']))
     # What goes wrong in the process of a variant.
-    result = run('benchmark.py', '--models', 'gunn15', '--device', 'nowhere', '--csv', 'rows.csv', cwd=tmp_path)
-    assert result.returncode != 0
-    assert 'benchmark: gunn15: RuntimeError: ' in result.stderr
+    with pytest.raises(SystemExit, match='benchmark: gunn15: RuntimeError: '):
+        bench_models(parse_args(['--models', 'gunn15', '--device', 'nowhere', '--csv', str(tmp_path / 'rows.csv')]))
     assert not (tmp_path / 'rows.csv').exists()
 
 

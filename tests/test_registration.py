@@ -6,6 +6,8 @@ import sys
 import sysconfig
 import textwrap
 import venv
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,38 +74,66 @@ IMPORTS = [
     'import timm', 'import timm.models.resnet, timm', 'from timm.models import create_model; import timm',
     'import timm, timm_gunn', 'import timm_gunn, timm', 'import timm_gunn.gunn, timm',
     'from timm_gunn import GunnLayer; import timm', 'import torch, timm_gunn, timm',
-    *(pytest.param(imports, marks=pytest.mark.slow) for imports in (  # as the first: torch comes before timm in all
-        'import torch, timm', 'import torchvision, timm', 'import timm.layers, timm', 'import timm_gunn.layer, timm')),
 ]
+OPTIONS = [('-I',), ('-W', 'error')]
+SWITCHED_OFF = [
+    'import timm; assert not timm.list_models("gunn*")', 'import timm, timm_gunn; ' + LIST,
+    'import timm_gunn, timm; ' + LIST]
+LEFT_AS_IT_WAS = '''
+    import inspect, sys, timm.models
+    m = timm.models
+    print(sorted(vars(m)), type(m), m.__file__, type(m.__loader__), m.__spec__.loader is m.__loader__,
+          sorted(vars(m.__loader__).items()), m.__spec__.origin, m.__spec__.submodule_search_locations,
+          inspect.getsource(m) == open(m.__file__).read(), [type(f).__name__ for f in sys.meta_path])'''
+
+
+@pytest.fixture(scope='module')
+def interpreters(wheel_env):
+    """Fresh interpreters by what they run, two at a time: each is seconds of work for one core."""
+    pool = ThreadPoolExecutor(2)
+    off = partial(wheel_env, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    yield {
+        **{imports: pool.submit(wheel_env, f'''
+            {imports}
+            {LIST}
+            import sys
+            assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
+            timm.create_model("gunn15", device="meta")''', '-W', 'default') for imports in IMPORTS},
+        **{options: pool.submit(wheel_env, 'import timm; ' + LIST, *options) for options in OPTIONS},
+        **{code: pool.submit(off, code) for code in SWITCHED_OFF},
+        'left': pool.submit(wheel_env, LEFT_AS_IT_WAS), 'left without the hook': pool.submit(off, LEFT_AS_IT_WAS),
+    }
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize('imports', IMPORTS)
-def test_import_orders(wheel_env, imports):
+def test_import_orders(interpreters, imports):
     """Every order registers all the names once (timm warns of a second registration) and leaves no hook."""
-    result = wheel_env(f'''
-        {imports}
-        {LIST}
-        import sys
-        assert not [f for f in sys.meta_path if "timm_gunn" in type(f).__module__]
-        timm.create_model("gunn15", device="meta")''', '-W', 'default')
+    result = interpreters[imports].result()
     assert 'Overwriting' not in result.stderr
     assert 'timm-gunn could not' not in result.stderr
 
 
-@pytest.mark.parametrize('options', [
-    ('-I',), ('-W', 'error'),
-    pytest.param(('-O',), marks=pytest.mark.slow),  # compiles every module that there is
-    pytest.param(('-E', '-s'), marks=pytest.mark.slow),  # which -I implies
-], ids=' '.join)
-def test_interpreter_options(wheel_env, options):
-    wheel_env('import timm; ' + LIST, *options)
+@pytest.mark.parametrize('options', OPTIONS, ids=' '.join)
+def test_interpreter_options(interpreters, options):
+    interpreters[options].result()
 
 
-@pytest.mark.parametrize('code', [
-    'import timm; assert not timm.list_models("gunn*")', 'import timm, timm_gunn; ' + LIST,
-    'import timm_gunn, timm; ' + LIST], ids=['timm', 'timm first', 'timm_gunn first'])
-def test_autoload_switched_off(wheel_env, code):
-    wheel_env(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+@pytest.mark.slow  # compiles every module that there is
+def test_optimised_interpreter(wheel_env):
+    wheel_env('import timm; ' + LIST, '-O')
+
+
+@pytest.mark.parametrize('code', SWITCHED_OFF, ids=['timm', 'timm first', 'timm_gunn first'])
+def test_autoload_switched_off(interpreters, code):
+    interpreters[code].result()
+
+
+def test_timm_is_left_as_it_was(interpreters):
+    """Module, spec and loader of timm.models are those of an import without the hook."""
+    with_hook, without = (interpreters[key].result().stdout for key in ('left', 'left without the hook'))
+    assert len(with_hook) > 1000
+    assert with_hook == without
 
 
 def test_weights_travel_in_the_wheel(wheel_env):
@@ -135,17 +165,6 @@ def test_torch_alone_gets_nothing_but_the_hook(wheel_env):
         _timm_gunn_autoload.arm()
         assert set(sys.modules) - before == {"_timm_gunn_autoload"}
         assert len([f for f in sys.meta_path if type(f).__module__ == "_timm_gunn_autoload"]) == 1''')
-
-
-def test_timm_is_left_as_it_was(wheel_env):
-    """Module, spec and loader of timm.models are those of an import without the hook."""
-    code = '''
-        import inspect, sys, timm.models
-        m = timm.models
-        print(sorted(vars(m)), type(m), m.__file__, type(m.__loader__), m.__spec__.loader is m.__loader__,
-              sorted(vars(m.__loader__).items()), m.__spec__.origin, m.__spec__.submodule_search_locations,
-              inspect.getsource(m) == open(m.__file__).read(), [type(f).__name__ for f in sys.meta_path])'''
-    assert wheel_env(code).stdout == wheel_env(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""Fine-tune a network on an image folder, the plain way: timm's loader, mixup, layer-wise decay, averaged weights.
+
+    python examples/finetune.py --data-dir flowers                                    # the pretrained GUNN-15
+    python examples/finetune.py --data-dir flowers --model gunn18 --checkpoint out/epoch1/last.pth.tar --img-size 224
+
+The folder holds train/<class>/* and val/<class>/*. Without --checkpoint a model starts from its pretrained weights if
+there are any. Writes the averaged weights of the last epoch to --output, which timm's scripts take by --checkpoint.
+"""
+import argparse
+import os
+from pathlib import Path
+from typing import List, Optional
+
+import safetensors.torch
+import timm
+import timm.data
+import timm.loss
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+from tqdm import tqdm
+
+
+def create_loader(args: argparse.Namespace, split: str, config: dict) -> torch.utils.data.DataLoader:
+    dataset = timm.data.create_dataset('', root=str(args.data_dir), split=split)
+    return timm.data.create_loader(
+        dataset, config['input_size'], args.batch_size, is_training=split == 'train', scale=(0.6, 1.0), no_aug=False,
+        mean=config['mean'], std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+        num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> float:
+    """Top-1 accuracy in percent."""
+    model.eval()
+    right = sum((model(x.to(device)).argmax(1).cpu() == y).sum().item() for x, y in loader)
+    return 100 * right / len(loader.dataset)
+
+
+def finetune(args: argparse.Namespace) -> float:
+    """Accuracy of the averaged weights on val/, in percent."""
+    device = torch.device(args.device)
+    timm.utils.random_seed(args.seed)
+    classes = len(timm.data.create_dataset('', root=str(args.data_dir), split='train').reader.class_to_idx)
+    overlay = dict(file=str(args.checkpoint)) if args.checkpoint else None
+    model = timm.create_model(
+        args.model, pretrained=bool(overlay) or timm.is_model_pretrained(args.model), pretrained_cfg_overlay=overlay,
+        num_classes=classes, drop_rate=0.1).to(device, memory_format=torch.channels_last)
+    config = timm.data.resolve_data_config({'img_size': args.img_size}, model=model)
+    loaders = {split: create_loader(args, split, config) for split in ('train', 'val')}
+
+    mixup = timm.data.Mixup(mixup_alpha=args.mixup, label_smoothing=0.1, num_classes=classes)
+    loss_fn = timm.loss.SoftTargetCrossEntropy()
+    # Layers get smaller rates the nearer they are to the input, by the groups of the model's group_matcher().
+    optimizer = timm.optim.create_optimizer_v2(
+        model, opt='adamw', lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay)
+    steps = len(loaders['train'])
+    schedule, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=min(1, args.epochs - 1), warmup_lr=1e-6,
+        step_on_epochs=False, updates_per_epoch=steps)
+    ema = timm.utils.ModelEmaV3(model, decay=args.ema, use_warmup=True)
+    for epoch in range(args.epochs):
+        model.train()
+        progress = tqdm(loaders['train'], desc=f'epoch {epoch + 1} of {args.epochs}', disable=None)
+        for step, (images, labels) in enumerate(progress, epoch * steps):
+            images, targets = mixup(images.to(device, memory_format=torch.channels_last), labels.to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                loss = loss_fn(model(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step_update(step + 1)
+            ema.update(model, step)
+            progress.set_postfix(loss=f'{loss.item():.3f}')
+        accuracy = evaluate(ema.module, loaders['val'], device)
+        print(f'epoch {epoch + 1}: accuracy of the averaged weights on val/: {accuracy:.2f} %', flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_name(args.output.name + '.partial')
+    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in ema.module.state_dict().items()}, partial)
+    os.replace(partial, args.output)
+    return accuracy
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', type=Path, required=True)
+    parser.add_argument('--model', default='gunn15', help='name of any timm model')
+    parser.add_argument('--checkpoint', type=Path, help='weights to start from, of any number of classes')
+    parser.add_argument('--img-size', type=int, help="side of the images, in pixels (default: the model's)")
+    parser.add_argument('--epochs', type=int, default=5)
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--lr', type=float, default=1e-3, help='of the classifier')
+    parser.add_argument('--layer-decay', type=float, default=0.75, help='of the learning rate, per layer downwards')
+    parser.add_argument('--mixup', type=float, default=0.2, help='alpha')
+    parser.add_argument('--ema', type=float, default=0.998, help='decay of the averaged weights')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', type=Path, default=Path('output/finetuned.safetensors'))
+    args = parser.parse_args(argv)
+    if not timm.is_model(args.model):
+        parser.error(f'expected the name of a timm model, got {args.model}')
+    for folder in (args.data_dir / 'train', args.data_dir / 'val'):
+        if not folder.is_dir():
+            parser.error(f'expected a folder {folder} with a subfolder of images per class; there is none')
+    if args.checkpoint and not args.checkpoint.is_file():
+        parser.error(f'expected a checkpoint, got {args.checkpoint}')
+    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
+        parser.error(f'expected --epochs >= 1 and an even --batch-size, got {args.epochs} and {args.batch_size}')
+    finetune(args)
+    print(f'weights: {args.output}')
+
+
+if __name__ == '__main__':
+    main()

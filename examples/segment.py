@@ -1,0 +1,159 @@
+"""Segmentation with GUNN-18 as the backbone of segmentation_models_pytorch, beside SUNN-18 and ResNet-50.
+
+    pip install '.[downstream]'
+    python examples/segment.py
+    python examples/segment.py --models gunn18 --archs DeepLabV3Plus --steps 1000 --device cuda
+
+Trains each backbone under each architecture from scratch with one recipe, on objects drawn on photographs
+(examples/shapes.py), and reports the mean intersection over union of the five classes on held-out scenes. Writes
+output/segment/results.csv and a picture of predictions per architecture. DeepLabV3+ runs at output stride 16.
+"""
+import argparse
+import csv
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
+from tqdm import tqdm
+
+OPTIONS = {'DeepLabV3Plus': dict(encoder_output_stride=16)}
+COLORS = np.array([[0, 0, 0], [230, 60, 60], [60, 200, 90], [70, 110, 240], [240, 210, 60]], np.uint8)
+
+
+def build(arch: str, backbone: str) -> torch.nn.Module:
+    """The one line that a user writes; 'tu-' is segmentation_models_pytorch's prefix for any timm model."""
+    return smp.create_model(
+        arch, encoder_name=f'tu-{backbone}', encoder_weights=None, classes=len(CLASSES), **OPTIONS.get(arch, {}))
+
+
+def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> float:
+    """Train with AdamW under a one-cycle schedule, by cross entropy and Dice loss; returns minutes."""
+    images = torch.stack([to_tensor(s.image) for s in scenes]).to(args.device, memory_format=torch.channels_last)
+    masks = torch.stack([torch.from_numpy(s.mask).long() for s in scenes]).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
+    dice = smp.losses.DiceLoss('multiclass')
+    model.train()
+    start = time.monotonic()
+    with tqdm(batches(len(scenes), args.batch_size, args.steps, args.seed), total=args.steps, disable=None) as progress:
+        for batch in progress:
+            logits = model(images[batch])
+            loss = F.cross_entropy(logits, masks[batch]) + dice(logits, masks[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f'{loss.item():.3f}')
+    return (time.monotonic() - start) / 60
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> torch.Tensor:
+    """Classes (n, H, W)."""
+    model.eval()
+    images = torch.stack([to_tensor(s.image) for s in scenes])
+    return torch.cat([
+        model(b.to(args.device, memory_format=torch.channels_last)).argmax(1).cpu() for b in images.split(16)])
+
+
+def intersection_over_union(predicted: torch.Tensor, scenes: List[Scene]) -> List[float]:
+    """Of each class, over the pixels of all scenes together."""
+    masks = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
+    counts = smp.metrics.get_stats(predicted, masks, mode='multiclass', num_classes=len(CLASSES))
+    return smp.metrics.iou_score(*(t.sum(0) for t in counts), reduction='none').tolist()
+
+
+def draw(path: Path, scenes: List[Scene], predictions: Dict[str, torch.Tensor]) -> None:
+    columns = {'image': [s.image for s in scenes], 'truth': [COLORS[s.mask] for s in scenes],
+               **{name: [COLORS[m.numpy()] for m in masks] for name, masks in predictions.items()}}
+    fig, axes = plt.subplots(len(columns), len(scenes), figsize=(1.5 * len(scenes), 1.5 * len(columns)))
+    for row, (name, pictures) in zip(axes, columns.items(), strict=True):
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    fig.tight_layout(pad=0.3)
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=['gunn18', 'sunn18', 'resnet50'], help='names of timm models')
+    parser.add_argument('--archs', nargs='+', default=['Unet', 'DeepLabV3Plus'], help='of segmentation_models_pytorch')
+    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
+    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--train-scenes', type=int, default=800)
+    parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', type=Path, default=Path('output/segment'))
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.models if not timm.is_model(name)]
+    if unknown:
+        parser.error(f'expected names of timm models, got {unknown[0]}')
+    known = [cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()]
+    unknown = [arch for arch in args.archs if arch not in known]
+    if unknown:
+        parser.error(f'expected --archs among {", ".join(known)}, got {unknown[0]}')
+    if args.size < 32 or args.size % 32:
+        parser.error(f'expected --size to be a multiple of 32, got {args.size}')
+    if args.steps < 1 or args.batch_size < 2 or args.held_out < 1:
+        parser.error('expected --steps and --held-out >= 1 and --batch-size >= 2, got '
+                     f'{args.steps}, {args.held_out} and {args.batch_size}')
+    if args.train_scenes < args.batch_size:
+        parser.error(f'expected at least one batch of {args.batch_size} scenes, got --train-scenes {args.train_scenes}')
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    scenes = make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed)
+    held_out = make_scenes(args.held_out, args.size, held_out=True, seed=args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    print(f'| architecture | backbone | mIoU (%) | {" | ".join(CLASSES)} | minutes |')
+    print('|---|---|---|' + '---|' * len(CLASSES) + '---|')
+    for arch in args.archs:
+        predictions = {}
+        for name in args.models:
+            torch.manual_seed(args.seed)
+            model = build(arch, name).to(args.device, memory_format=torch.channels_last)
+            minutes = train(model, scenes, args)
+            predicted = predict(model, held_out, args)
+            ious = [100 * iou for iou in intersection_over_union(predicted, held_out)]
+            mean = sum(ious) / len(ious)
+            print(f'| {arch} | `{name}` | {mean:.1f} | {" | ".join(f"{i:.1f}" for i in ious)} | {minutes:.1f} |',
+                  flush=True)
+            predictions[name] = predicted[:8]
+            rows.append(dict(
+                architecture=arch, backbone=name, miou=mean, **dict(zip(CLASSES, ious, strict=True)), steps=args.steps,
+                batch_size=args.batch_size, size=args.size, seed=args.seed, minutes=minutes,
+                versions=f'torch {torch.__version__}, timm {timm.__version__}, smp {smp.__version__}',
+                command=f'python {shlex.join(sys.argv)}'))
+        draw(args.output / f'{arch.lower()}.png', held_out[:8], predictions)
+    partial = args.output / 'results.csv.partial'
+    with open(partial, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, args.output / 'results.csv')
+
+
+if __name__ == '__main__':
+    main()

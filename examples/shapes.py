@@ -1,0 +1,102 @@
+"""Small real-image sets for the examples of segmentation and detection: objects drawn on photographs.
+
+The photographs are those that scikit-learn and matplotlib ship (a temple, a flower, a portrait). Training scenes have
+their left three fifths behind them, held-out scenes their right two fifths. Objects are discs, squares, triangles and
+stars, turned, filled with a random colour and with texture from another place of the photographs, so that neither
+colour nor texture tells the class; later ones hide earlier ones.
+"""
+import math
+from functools import lru_cache
+from typing import Iterator, List, NamedTuple, Tuple
+
+import matplotlib.cbook
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from sklearn.datasets import load_sample_images
+
+CLASSES = ('background', 'disc', 'square', 'triangle', 'star')
+
+
+class Scene(NamedTuple):
+    image: np.ndarray  # (size, size, 3), uint8
+    mask: np.ndarray  # (size, size), uint8, index in CLASSES
+    boxes: np.ndarray  # (n, 4), float32, x1 y1 x2 y2 in pixels around what is visible
+    labels: np.ndarray  # (n,), int64, index in CLASSES, never 0
+
+
+@lru_cache
+def photographs(held_out: bool) -> List[np.ndarray]:
+    with matplotlib.cbook.get_sample_data('grace_hopper.jpg') as f:
+        portrait = np.asarray(Image.open(f).convert('RGB'))
+    whole = [*load_sample_images().images, portrait]
+    return [p[:, p.shape[1] * 3 // 5:] if held_out else p[:, :p.shape[1] * 3 // 5] for p in whole]
+
+
+def crop(rng: np.random.Generator, size: int, held_out: bool) -> np.ndarray:
+    """A random square of a photograph, of 0.75 to 1.5 times the size where there is room, brought to that size."""
+    choice = photographs(held_out)
+    photo = choice[rng.integers(len(choice))]
+    side = min(round(size * rng.uniform(0.75, 1.5)), *photo.shape[:2])
+    y, x = (rng.integers(s - side + 1) for s in photo.shape[:2])
+    return np.asarray(Image.fromarray(photo[y:y + side, x:x + side]).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def outline(label: int, radius: float, turn: float) -> List[Tuple[float, float]]:
+    """Corners of an object around (0, 0)."""
+    corners, inner = {1: (64, 1.0), 2: (4, 1.0), 3: (3, 1.0), 4: (10, 0.45)}[label]
+    return [(r * math.cos(a), r * math.sin(a)) for i in range(corners)
+            for r, a in [(radius * (inner if i % 2 else 1), turn + 2 * math.pi * i / corners)]]
+
+
+def make_scene(rng: np.random.Generator, size: int, held_out: bool) -> Scene:
+    image = crop(rng, size, held_out).astype(np.float64)
+    owner = np.zeros((size, size), np.int64)  # of each pixel: the object that is seen there, from 1
+    areas, labels = [0], [0]
+    for i in range(1, 1 + rng.integers(1, 5)):
+        label = int(rng.integers(1, len(CLASSES)))
+        radius = size * rng.uniform(0.1, 0.22)
+        x, y = rng.uniform(radius / 2, size - radius / 2, 2)
+        stencil = Image.new('1', (size, size))
+        corners = outline(label, radius, rng.uniform(0, 2 * math.pi))
+        ImageDraw.Draw(stencil).polygon([(x + a, y + b) for a, b in corners], fill=1)
+        inside = np.asarray(stencil)
+        texture = 0.5 * crop(rng, size, held_out) + 0.5 * rng.uniform(0, 255, 3)
+        image[inside] = texture[inside]
+        owner[inside] = i
+        areas.append(inside.sum())
+        labels.append(label)
+
+    boxes, kept = [], []
+    for i in range(1, len(labels)):
+        rows, columns = np.nonzero(owner == i)
+        if len(rows) > 0.3 * areas[i]:
+            boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            kept.append(labels[i])
+        # What is left of a hidden object stays in the mask: its pixels are what they are.
+    return Scene(
+        image.round().astype(np.uint8), np.asarray(labels, np.uint8)[owner],
+        np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(kept, np.int64))
+
+
+def make_scenes(n: int, size: int, held_out: bool, seed: int = 0) -> List[Scene]:
+    """As many scenes of size x size pixels, the same ones on every machine; held-out ones have other backgrounds."""
+    rng = np.random.default_rng([seed, held_out])
+    return [make_scene(rng, size, held_out) for _ in range(n)]
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(3, H, W), float32, normalised with timm's ImageNet statistics."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = (torch.tensor(t)[:, None, None] for t in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
+
+
+def batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Indices of `steps` batches, epoch after epoch in random order, incomplete batches left out."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(math.ceil(steps / (n // batch_size))):
+        for batch in torch.randperm(n, generator=generator).split(batch_size)[:n // batch_size]:
+            if steps:
+                steps -= 1
+                yield batch

@@ -1,0 +1,339 @@
+"""GUNN in other people's code: the libraries of the extra `downstream`, and the examples that use them."""
+import copy
+import csv
+import logging
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import timm.layers
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.testing import assert_close
+
+EXAMPLES = Path(__file__).parent.parent / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune
+import shapes
+
+IMAGENET = [m for m in timm.list_models(module='gunn') if '18' in m]
+CIFAR = [m for m in timm.list_models(module='gunn') if '18' not in m]
+NARROW = dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6))
+
+
+def library(name):
+    return pytest.importorskip(name, reason=f"needs {name}: pip install '.[downstream]'")
+
+
+def randomised(name, **kwargs):
+    """A network whose norms have statistics of their own."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.is_floating_point():
+                    t.data.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_trains(model, loss):
+    loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if p.requires_grad and 'stage' in n]
+    assert grads
+    assert all(g is not None and torch.isfinite(g).all() for g in grads)
+
+
+# --- segmentation_models_pytorch ---
+
+@pytest.mark.parametrize('arch', ['Unet', 'UnetPlusPlus', 'Linknet', 'FPN', 'PSPNet', 'MAnet', 'UPerNet', 'Segformer'])
+def test_smp(arch):
+    smp = library('segmentation_models_pytorch')
+    model = smp.create_model(arch, encoder_name='tu-gunn18', encoder_weights=None, classes=4)
+    x = torch.randn(2, 3, 64, 96)
+    y = model(x)
+    assert y.shape == (2, 4, 64, 96)
+    assert_trains(model.encoder, y.square().mean())
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_smp_output_stride(name, output_stride):
+    smp = library('segmentation_models_pytorch')
+    with torch.device('meta'):
+        model = smp.DeepLabV3Plus(f'tu-{name}', encoder_weights=None, encoder_output_stride=output_stride, classes=4)
+        assert model(torch.randn(2, 3, 64, 96)).shape == (2, 4, 64, 96)
+        strided = timm.create_model(name, features_only=True)
+    assert model.encoder.output_stride == output_stride
+    shapes = {k: v.shape for k, v in model.encoder.model.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in strided.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', CIFAR)
+def test_smp_cifar_networks(name):
+    """Three maps, of strides 1, 2 and 4: depth 2, as the README says."""
+    smp = library('segmentation_models_pytorch')
+    with torch.device('meta'):
+        model = smp.Unet(
+            f'tu-{name}', encoder_depth=2, encoder_weights=None, decoder_channels=(64, 32), classes=4)
+        assert model(torch.randn(2, 3, 32, 64)).shape == (2, 4, 32, 64)
+
+
+def test_smp_without_weights():
+    """Its default asks for pretrained weights; the error is timm's."""
+    smp = library('segmentation_models_pytorch')
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for gunn18'):
+        smp.Unet('tu-gunn18')
+
+
+def test_segment(tmp_path, capsys):
+    library('segmentation_models_pytorch')
+    import segment
+    segment.main([
+        '--models', 'gunn18', 'resnet18', '--archs', 'Unet', '--steps', '2', '--batch-size', '2', '--size', '64',
+        '--train-scenes', '4', '--held-out', '8', '--device', 'cpu', '--output', str(tmp_path)])
+    with open(tmp_path / 'results.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
+    for row in rows:
+        assert float(row['miou']) == pytest.approx(np.mean([float(row[c]) for c in shapes.CLASSES]))
+    assert (tmp_path / 'unet.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['results.csv', 'unet.png']
+    for options, message in ((['--models', 'gunn'], 'expected names of timm models, got gunn'),
+                             (['--archs', 'Net'], 'got Net'), (['--size', '50'], 'multiple of 32, got 50'),
+                             (['--train-scenes', '4'], 'one batch of 8 scenes, got --train-scenes 4')):
+        with pytest.raises(SystemExit):
+            segment.main(options)
+        assert message in capsys.readouterr().err
+
+
+def test_intersection_over_union():
+    """Against its definition."""
+    library('segmentation_models_pytorch')
+    from segment import intersection_over_union
+    scenes = shapes.make_scenes(4, 64, held_out=True)
+    truth = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 5, truth.shape, generator=generator)
+    predicted = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, noise)
+    expected = [((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum() for c in range(5)]
+    assert intersection_over_union(predicted, scenes) == pytest.approx([e.item() for e in expected])
+
+
+# --- torchvision's detectors ---
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_torchvision_fpn_on_the_whole_network(name):
+    """Its helper takes the children of a classifier, as it does for its own networks."""
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    model = randomised(name, **NARROW).eval()
+    layers = {f'stage{i}': str(i - 1) for i in range(1, 5)}
+    fpn = BackboneWithFPN(copy.deepcopy(model), layers, [i['num_chs'] for i in model.feature_info[1:]], 32).eval()
+    x = torch.randn(1, 3, 75, 96)
+    assert_close(list(fpn.body(x).values()), model.forward_intermediates(x, indices=4, intermediates_only=True))
+    assert [tuple(y.shape[-2:]) for y in fpn(x).values()] == [(19, 24), (10, 12), (5, 6), (3, 3), (2, 2)]
+
+
+@pytest.mark.parametrize('detector', ['faster_rcnn', 'retinanet'])
+def test_torchvision_detectors(detector, tmp_path):
+    """A step at batch size 2 with frozen norms, from a checkpoint as timm's train.py leaves it."""
+    library('torchmetrics')
+    from detect import build, target
+    source = randomised('gunn18', num_classes=4)
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in source.state_dict().items()}), tmp_path / 'last.pth.tar')
+    model = build(detector, 'gunn18', tmp_path / 'last.pth.tar', 64)
+    body = model.backbone.body
+    assert not [m for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    state = source.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in body.state_dict().items())
+    before = {k: v.clone() for k, v in body.named_buffers()}
+    scenes = shapes.make_scenes(2, 64, held_out=False)
+    losses = model.train()([shapes.to_tensor(s.image) for s in scenes], [target(s, 'cpu') for s in scenes])
+    assert_trains(body, sum(losses.values()))
+    assert_close(dict(body.named_buffers()), before, rtol=0, atol=0)
+    found = model.eval()([shapes.to_tensor(s.image) for s in scenes])
+    assert all(set(f) == {'boxes', 'labels', 'scores'} for f in found)
+
+
+def test_detect(tmp_path, capsys):
+    library('torchmetrics')
+    library('pycocotools')
+    import detect
+    detect.main([
+        '--models', 'gunn18', 'resnet18', '--detectors', 'retinanet', '--pretrain-steps', '1', '--steps', '2', '--size',
+        '64', '--train-scenes', '8', '--held-out', '8', '--device', 'cpu', '--output', str(tmp_path)])
+    with open(tmp_path / 'results.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
+    assert all(0 <= float(row[k]) <= 100 for row in rows for k in ('ap', 'ap50', 'ap75'))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'gunn18.safetensors', 'resnet18.safetensors', 'results.csv', 'retinanet.png']
+    for options, message in ((['--models', 'gunn15'], r'strides 2, 4, 8, 16 and 32, got gunn15 with [1, 2, 4]'),
+                             (['--models', 'x'], 'expected names of timm models, got x'),
+                             (['--steps', '0'], 'got 0, 200 and 200'), (['--size', '60'], 'multiple of 32, got 60')):
+        with pytest.raises(SystemExit):
+            detect.main(options)
+        assert message in capsys.readouterr().err
+
+
+# --- transformers ---
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn18'])
+def test_detr_frozen_norms(name, caplog):
+    """DETR's own class in place of every BatchNorm: in train mode, for one image, what eval mode gives."""
+    library('transformers')
+    from transformers.models.detr.modeling_detr import replace_batch_norm
+    model = randomised(name, **{k: v[:3 if name == 'gunn15' else 4] for k, v in NARROW.items()})
+    x = torch.randn(1, 3, 64, 96)
+    expected = model.eval()(x)
+    with torch.no_grad():
+        replace_batch_norm(model)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with caplog.at_level(logging.DEBUG, 'timm_gunn.layer'):
+        y = model.train()(x)
+    assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert_trains(model, y.square().mean())
+
+
+def test_detr():
+    library('transformers')
+    from transformers_backbone import detr
+    torch.manual_seed(0)
+    model = detr('gunn18', 4, encoder_layers=1, decoder_layers=1, num_queries=5, d_model=32, encoder_ffn_dim=32,
+                 decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2)
+    assert {type(m).__name__ for m in model.model.backbone.modules() if 'Norm2d' in type(m).__name__} == {
+        'DetrFrozenBatchNorm2d'}
+    target = dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
+    loss = model.train()(torch.randn(2, 3, 64, 96), labels=[target, target]).loss
+    assert_trains(model.model.backbone, loss)
+
+
+def test_upernet(tmp_path):
+    """With the statistics that timm gives; saved and loaded, the same."""
+    library('transformers')
+    from transformers import UperNetForSemanticSegmentation
+    from transformers_backbone import restore, upernet
+    torch.manual_seed(0)
+    model = upernet('gunn18', 4, hidden_size=32, auxiliary_channels=16, pool_scales=[1, 2])
+    source = randomised('gunn18')
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'last.pth.tar')
+    restore(model, tmp_path / 'last.pth.tar')
+    x = torch.randn(2, 3, 64, 96)
+    expected = source.eval().forward_intermediates(x, indices=4, intermediates_only=True)
+    assert_close(list(model.eval().backbone(x).feature_maps), expected)
+    logits = model(x).logits
+    model.save_pretrained(tmp_path / 'upernet')
+    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path / 'upernet').eval()
+    assert_close(again(x).logits, logits)
+    assert_trains(model.backbone, model.train()(x, labels=torch.randint(0, 4, (2, 64, 96))).loss)
+
+
+def test_transformers_backbone(tmp_path, capsys):
+    library('transformers')
+    library('segmentation_models_pytorch')
+    import transformers_backbone
+    transformers_backbone.main([
+        '--steps', '2', '--batch-size', '2', '--size', '64', '--train-scenes', '4', '--held-out', '4', '--device',
+        'cpu', '--output', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r'UperNet on gunn18: mIoU \d+\.\d % on 4 held-out scenes', printed)
+    assert 'loaded again: 100.0% of the predicted pixels are the same' in printed
+    assert int(re.search(r'names (\d+) of 12 photographs', printed)[1]) >= 9  # 11 when this was written
+
+
+def test_timm_wrapper(tmp_path):
+    library('transformers')
+    from transformers import TimmWrapperForImageClassification
+    from transformers_backbone import export
+    model = timm.create_model('gunn15', pretrained=True).eval()
+    export(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    wrapped = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    assert_close(wrapped(x).logits, model(x), rtol=0, atol=0)
+    assert_close(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x), rtol=0, atol=0)
+
+
+# --- The scenes, and plain fine-tuning ---
+
+def test_scenes():
+    scenes = shapes.make_scenes(50, 64, held_out=False, seed=3)
+    for scene, again in zip(scenes, shapes.make_scenes(50, 64, held_out=False, seed=3), strict=True):
+        for a, b in zip(scene, again, strict=True):
+            assert np.array_equal(a, b)
+        assert scene.image.shape == (64, 64, 3)
+        assert len(scene.boxes) == len(scene.labels)
+        for (x1, y1, x2, y2), label in zip(scene.boxes.astype(int), scene.labels, strict=True):
+            inside = scene.mask[y1:y2, x1:x2] == label
+            for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):  # the box is tight
+                assert edge.any()
+    assert {label for scene in scenes for label in scene.labels} == {1, 2, 3, 4}
+    assert not np.array_equal(scenes[0].image, shapes.make_scenes(1, 64, held_out=True, seed=3)[0].image)
+    for left, right, whole in zip(shapes.photographs(False), shapes.photographs(True), load_sample_images().images,
+                                  strict=False):
+        assert np.array_equal(np.concatenate([left, right], 1), whole)  # no pixel is in both
+    assert [len(b) for b in shapes.batches(10, 4, 5)] == [4] * 5
+    first = torch.cat(list(shapes.batches(8, 4, 2)))
+    assert first.sort().values.tolist() == list(range(8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes that can be told apart."""
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 16), ('val', 8)):
+        for c in range(2):
+            (tmp_path / 'data' / split / f'class{c}').mkdir(parents=True)
+            for i in range(n):
+                pixels = (rng.integers(0, 80, (32, 32, 3)) + [170 * c, 80, 170 * (1 - c)]).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'data' / split / f'class{c}' / f'{i}.png')
+    return tmp_path
+
+
+def test_finetune(folder, capsys):
+    output = folder / 'new' / 'weights.safetensors'
+    finetune.main([
+        '--data-dir', str(folder / 'data'), '--epochs', '2', '--batch-size', '8', '--ema', '0.5', '--workers', '0',
+        '--device', 'cpu', '--output', str(output)])
+    printed = capsys.readouterr().out
+    assert float(re.findall(r'on val/: (.*) %', printed)[-1]) >= 90
+    model = timm.create_model('gunn15', num_classes=2, checkpoint_path=str(output))
+    assert not torch.equal(model.stem.conv.weight, timm.create_model('gunn15', pretrained=True).stem.conv.weight)
+    assert [p.name for p in output.parent.iterdir()] == [output.name]
+
+
+def test_finetune_from_a_checkpoint(folder, monkeypatch):
+    """Of another number of classes; layers nearer to the input get smaller rates."""
+    source = timm.create_model('gunn18', num_classes=5)
+    torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
+    made, create = [], finetune.timm.optim.create_optimizer_v2
+
+    def create_optimizer(model, **kwargs):
+        assert_close(model.stage4.layer.units[0].conv1.conv.weight, source.stage4.layer.units[0].conv1.conv.weight)
+        made.append(create(model, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(finetune.timm.optim, 'create_optimizer_v2', create_optimizer)
+    finetune.main([
+        '--data-dir', str(folder / 'data'), '--model', 'gunn18', '--checkpoint', str(folder / 'last.pth.tar'),
+        '--img-size', '32', '--epochs', '1', '--batch-size', '16', '--workers', '0', '--device', 'cpu', '--output',
+        str(folder / 'weights.safetensors')])
+    scales = sorted({group['lr_scale'] for group in made[0].param_groups})
+    assert scales == pytest.approx([0.75 ** i for i in reversed(range(len(scales)))])
+    assert len(scales) >= 9  # stem, four transitions, four layers
+
+
+def test_finetune_says_what_is_wrong(folder, capsys):
+    data = str(folder / 'data')
+    for options, message in (
+            (['--data-dir', data, '--model', 'gunn'], 'expected the name of a timm model, got gunn'),
+            (['--data-dir', str(folder)], f'expected a folder {folder / "train"} with a subfolder of images per class'),
+            (['--data-dir', data, '--checkpoint', 'none'], 'expected a checkpoint, got none'),
+            (['--data-dir', data, '--batch-size', '7'], 'an even --batch-size, got 5 and 7')):
+        with pytest.raises(SystemExit):
+            finetune.main(options)
+        assert message in capsys.readouterr().err
