@@ -10,10 +10,7 @@ Reports COCO's mean average precision on held-out scenes. Writes output/detect/r
 a picture with boxes per detector.
 """
 import argparse
-import csv
 import os
-import shlex
-import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -29,6 +26,7 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
+from benchmark import machine
 from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -36,6 +34,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from tqdm import tqdm
+from train_cifar import write_csv
 
 COLORS = ['#000000', '#e63c3c', '#3cc85a', '#466ef0', '#f0d23c']
 
@@ -200,16 +199,10 @@ def main(argv: Optional[List[str]] = None) -> None:
             predictions[name] = found[:8]
             rows.append(dict(
                 detector=detector, backbone=name, **aps, pretrain_steps=args.pretrain_steps, steps=args.steps,
-                batch_size=2, size=args.size, seed=args.seed, minutes=minutes,
-                versions=f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}',
-                command=f'python {shlex.join(sys.argv)}'))
+                batch_size=2, size=args.size, seed=args.seed, minutes=minutes, torchvision=torchvision.__version__,
+                **machine(args)))
         draw(args.output / f'{detector}.png', held_out[:8], predictions)
-    partial = args.output / 'results.csv.partial'
-    with open(partial, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, args.output / 'results.csv')
+    write_csv(args.output / 'results.csv', rows)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,6 @@ Trains each backbone under each architecture from scratch with one recipe, on ob
 output/segment/results.csv and a picture of predictions per architecture. DeepLabV3+ runs at output stride 16.
 """
 import argparse
-import csv
-import os
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -26,8 +22,10 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+from benchmark import machine
 from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
 from tqdm import tqdm
+from train_cifar import write_csv
 
 OPTIONS = {'DeepLabV3Plus': dict(encoder_output_stride=16)}
 COLORS = np.array([[0, 0, 0], [230, 60, 60], [60, 200, 90], [70, 110, 240], [240, 210, 60]], np.uint8)
@@ -144,15 +142,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             rows.append(dict(
                 architecture=arch, backbone=name, miou=mean, **dict(zip(CLASSES, ious, strict=True)), steps=args.steps,
                 batch_size=args.batch_size, size=args.size, seed=args.seed, minutes=minutes,
-                versions=f'torch {torch.__version__}, timm {timm.__version__}, smp {smp.__version__}',
-                command=f'python {shlex.join(sys.argv)}'))
+                segmentation_models_pytorch=smp.__version__, **machine(args)))
         draw(args.output / f'{arch.lower()}.png', held_out[:8], predictions)
-    partial = args.output / 'results.csv.partial'
-    with open(partial, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, args.output / 'results.csv')
+    write_csv(args.output / 'results.csv', rows)
 
 
 if __name__ == '__main__':
