@@ -33,7 +33,8 @@ def print_table(path: Path) -> None:
     print('|---|---|---|---|---|---|---|---|---|')
     for (model, weights, data, images, epochs, recipe, hardware), rows in groups.items():
         known = {'CIFAR-10': 'C10', 'CIFAR-100': 'C100'}.get(data.split(' ')[0].rstrip(','))
-        published = PUBLISHED.get(model.split('.')[0], {}).get(known, '')
+        changed = '=' in recipe  # a network with other arguments than the paper's
+        published = '' if changed else PUBLISHED.get(model.split('.')[0], {}).get(known, '')
         if weights == 'EMA':
             recipe += ', averaged weights'
         print(f'| `{model}` | {data}, {images} images | {epochs} | {recipe} | {", ".join(r["seed"] for r in rows)} '

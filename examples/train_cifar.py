@@ -550,6 +550,7 @@ def draw_curves(runs: Dict[str, List[Row]], path: Path) -> None:
                         [int(r['epoch']) for r in rows], [float(r[f'{split}_{kind}']) for r in rows], style,
                         color=f'C{i}', marker='o' if len(rows) < 20 else None, markersize=3, label=f'{name}, {split}')
         ax.set(xlabel='epoch', ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[1].legend()
     with replacing(path) as part:

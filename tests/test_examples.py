@@ -77,6 +77,7 @@ model,weights,data,images,recipe,epochs,seed,error,loss,minutes,hardware,version
 gunn15.c10,raw,CIFAR-10 (JPEG copy),10000,"step, batch 64",300,0,4.5,0.2,25.4,a GPU,v,c,python x.py,model.safetensors,00
 gunn15.c10,raw,CIFAR-10 (JPEG copy),10000,"step, batch 64",300,1,4.7,0.2,26.4,a GPU,v,c,python x.py,model.safetensors,01
 sunn15.c100,EMA,CIFAR-100,10000,onecycle,30,0,25,1.2,3,a CPU,v,c,python x.py,model_ema.safetensors,02
+gunn15.c10,raw,CIFAR-10,10000,"step, batch 64, depth=2",300,0,4,0.2,9,a GPU,v,c,python x.py,model.safetensors,04
 resnet18,raw,digits,450,onecycle,3,0,2,0.1,0.9,a CPU,v,c,python x.py,model.safetensors,03
 '''
 
@@ -88,6 +89,7 @@ def test_results_table(tmp_path, capsys):
         '| `gunn15.c10` | CIFAR-10 (JPEG copy), 10000 images | 300 | step, batch 64 | 0, 1 | 4.60 (4.50 to 4.70) '
         '| 26 (25 to 26) | a GPU | 4.15 |',
         '| `sunn15.c100` | CIFAR-100, 10000 images | 30 | onecycle, averaged weights | 0 | 25.00 | 3 | a CPU | 23.75 |',
+        '| `gunn15.c10` | CIFAR-10, 10000 images | 300 | step, batch 64, depth=2 | 0 | 4.00 | 9 | a GPU |  |',
         '| `resnet18` | digits, 450 images | 3 | onecycle | 0 | 2.00 | 1 | a CPU |  |']
 
 
