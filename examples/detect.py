@@ -10,33 +10,26 @@ Reports COCO's mean average precision on held-out scenes. Writes output/detect/r
 a picture with boxes per detector.
 """
 import argparse
-import os
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
-import matplotlib
-
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-import safetensors.torch
 import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
 from benchmark import machine
-from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
+from shapes import CLASSES, COLORS, Scene, add_arguments, batches, check_arguments, draw_grid, make_scenes, to_tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from tqdm import tqdm
-from train_cifar import write_csv
-
-COLORS = ['#000000', '#e63c3c', '#3cc85a', '#466ef0', '#f0d23c']
+from train_cifar import save_weights, write_csv
 
 
 class TimmFPN(torch.nn.Module):
@@ -85,9 +78,7 @@ def pretrain(backbone: str, path: Path, scenes: List[Scene], args: argparse.Name
         optimizer.step()
         schedule.step()
         steps.set_postfix(loss=f'{loss.item():.3f}')
-    partial = path.with_suffix('.partial')
-    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, partial)
-    os.replace(partial, path)
+    save_weights(model, path)
 
 
 def target(scene: Scene, device: str) -> Dict[str, torch.Tensor]:
@@ -122,24 +113,27 @@ def predict(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespac
     return [{k: v.cpu() for k, v in model([to_tensor(s.image).to(args.device)])[0].items()} for s in scenes]
 
 
+def average_precision(found: List[Dict[str, torch.Tensor]], scenes: List[Scene]) -> Dict[str, float]:
+    """COCO's AP, AP50 and AP75, in percent."""
+    metric = MeanAveragePrecision()
+    metric.update(found, [target(s, 'cpu') for s in scenes])
+    result = metric.compute()
+    return {name: 100 * result[key].item() for name, key in (('ap', 'map'), ('ap50', 'map_50'), ('ap75', 'map_75'))}
+
+
 def draw(path: Path, scenes: List[Scene], predictions: Dict[str, List[Dict[str, torch.Tensor]]]) -> None:
     """Boxes that are scored 0.5 or more, below the truth."""
-    rows = {'truth': [(s.boxes, s.labels) for s in scenes]}
-    for name, found in predictions.items():
-        rows[name] = [(p['boxes'][p['scores'] >= 0.5].numpy(), p['labels'][p['scores'] >= 0.5].numpy()) for p in found]
-    fig, axes = plt.subplots(len(rows), len(scenes), figsize=(1.5 * len(scenes), 1.5 * len(rows)))
-    for row, (name, boxes_and_labels) in zip(axes, rows.items(), strict=True):
-        for ax, scene, (boxes, labels) in zip(row, scenes, boxes_and_labels, strict=True):
-            ax.imshow(scene.image)
-            ax.set(xticks=[], yticks=[])
-            for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+    def paint(found: List[Dict[str, torch.Tensor]]) -> Callable[[plt.Axes, int], None]:
+        def fill(ax: plt.Axes, i: int) -> None:
+            ax.imshow(scenes[i].image)
+            for (x1, y1, x2, y2), label in zip(found[i]['boxes'].tolist(), found[i]['labels'], strict=True):
                 ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=COLORS[label]))
-        row[0].set_ylabel(name)
-    fig.legend(handles=[plt.Line2D([], [], color=c, label=name) for c, name in zip(COLORS, CLASSES, strict=True)][1:],
-               ncols=len(CLASSES) - 1, loc='upper center', fontsize='small')
-    fig.tight_layout(pad=0.3, rect=(0, 0, 1, 0.95))
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+        return fill
+
+    rows = {'truth': paint([target(s, 'cpu') for s in scenes])}
+    for name, found in predictions.items():
+        rows[name] = paint([{k: v[f['scores'] >= 0.5] for k, v in f.items()} for f in found])
+    draw_grid(path, scenes, rows, legend=True)
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -148,29 +142,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
                         help='timm models with features of strides 2 to 32')
     parser.add_argument('--detectors', nargs='+', default=['faster_rcnn', 'retinanet'],
                         choices=['faster_rcnn', 'retinanet'])
-    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
     parser.add_argument('--pretrain-steps', type=int, default=200)
-    parser.add_argument('--steps', type=int, default=400)
-    parser.add_argument('--lr', type=float, default=2e-4)
-    parser.add_argument('--train-scenes', type=int, default=800)
-    parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, default=Path('output/detect'))
+    add_arguments(parser, steps=400, lr=2e-4, output='output/detect')
     args = parser.parse_args(argv)
-    for name in args.models:
-        if not timm.is_model(name):
-            parser.error(f'expected names of timm models, got {name}')
-        reduction = [i['reduction'] for i in timm.create_model(name, device='meta').feature_info]
-        if reduction != [2, 4, 8, 16, 32]:
-            parser.error(f'expected a model with features of strides 2, 4, 8, 16 and 32, got {name} with {reduction}')
-    if args.size < 32 or args.size % 32:
-        parser.error(f'expected --size to be a multiple of 32, got {args.size}')
-    if args.steps < 1 or args.pretrain_steps < 1 or args.held_out < 1:
-        parser.error(f'expected --steps, --pretrain-steps and --held-out >= 1, got {args.steps}, {args.pretrain_steps} '
-                     f'and {args.held_out}')
-    if args.train_scenes < 8:
-        parser.error(f'expected at least one batch of 8 scenes, got --train-scenes {args.train_scenes}')
+    check_arguments(parser, args, args.models, batch_size=8)
+    if args.pretrain_steps < 1:
+        parser.error(f'expected --pretrain-steps >= 1, got {args.pretrain_steps}')
     return args
 
 
@@ -191,9 +168,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             model = build(detector, name, args.output / f'{name}.safetensors', args.size).to(args.device)
             minutes = train(model, scenes, args)
             found = predict(model, held_out, args)
-            metric = MeanAveragePrecision()
-            metric.update(found, [target(s, 'cpu') for s in held_out])
-            aps = {k: 100 * metric.compute()[f'map{k[2:] and "_" + k[2:]}'].item() for k in ('ap', 'ap50', 'ap75')}
+            aps = average_precision(found, held_out)
             print(f'| {detector} | `{name}` | {" | ".join(f"{ap:.1f}" for ap in aps.values())} | {minutes:.1f} |',
                   flush=True)
             predictions[name] = found[:8]
@@ -201,8 +176,8 @@ def main(argv: Optional[List[str]] = None) -> None:
                 detector=detector, backbone=name, **aps, pretrain_steps=args.pretrain_steps, steps=args.steps,
                 batch_size=2, size=args.size, seed=args.seed, minutes=minutes, torchvision=torchvision.__version__,
                 **machine(args)))
+            write_csv(args.output / 'results.csv', rows)  # after each, so that nothing is lost
         draw(args.output / f'{detector}.png', held_out[:8], predictions)
-    write_csv(args.output / 'results.csv', rows)
 
 
 if __name__ == '__main__':

@@ -7,11 +7,9 @@ The folder holds train/<class>/* and val/<class>/*. Without --checkpoint a model
 there are any. Writes the averaged weights of the last epoch to --output, which timm's scripts take by --checkpoint.
 """
 import argparse
-import os
 from pathlib import Path
 from typing import List, Optional
 
-import safetensors.torch
 import timm
 import timm.data
 import timm.loss
@@ -20,13 +18,13 @@ import timm.scheduler
 import timm.utils
 import torch
 from tqdm import tqdm
+from train_cifar import save_weights
 
 
-def create_loader(args: argparse.Namespace, split: str, config: dict) -> torch.utils.data.DataLoader:
-    dataset = timm.data.create_dataset('', root=str(args.data_dir), split=split)
+def create_loader(dataset: torch.utils.data.Dataset, config: dict, args: argparse.Namespace, training: bool):  # noqa: ANN201
     return timm.data.create_loader(
-        dataset, config['input_size'], args.batch_size, is_training=split == 'train', scale=(0.6, 1.0), no_aug=False,
-        mean=config['mean'], std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+        dataset, config['input_size'], args.batch_size, is_training=training, scale=(0.6, 1.0), mean=config['mean'],
+        std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
         num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0)
 
 
@@ -42,27 +40,38 @@ def finetune(args: argparse.Namespace) -> float:
     """Accuracy of the averaged weights on val/, in percent."""
     device = torch.device(args.device)
     timm.utils.random_seed(args.seed)
-    classes = len(timm.data.create_dataset('', root=str(args.data_dir), split='train').reader.class_to_idx)
-    overlay = dict(file=str(args.checkpoint)) if args.checkpoint else None
+    train, val = (timm.data.create_dataset('', root=str(args.data_dir), split=split) for split in ('train', 'val'))
+    names, others = (list(dataset.reader.class_to_idx) for dataset in (train, val))
+    if names != others:
+        unlike = sorted({*names} ^ {*others})
+        raise SystemExit(f'expected the same classes in train/ and val/, got in one alone {unlike}')
+    if len(train) < args.batch_size:
+        raise SystemExit(f'expected at least one batch of {args.batch_size} training images, got {len(train)}')
+    classes = len(names)
+    overlay = dict(num_classes=-1)  # of no number of classes: the classifier is always a new one
+    if args.checkpoint:
+        overlay['file'] = str(args.checkpoint)
     model = timm.create_model(
-        args.model, pretrained=bool(overlay) or timm.is_model_pretrained(args.model), pretrained_cfg_overlay=overlay,
-        num_classes=classes, drop_rate=0.1).to(device, memory_format=torch.channels_last)
+        args.model, pretrained=bool(args.checkpoint) or timm.is_model_pretrained(args.model),
+        pretrained_cfg_overlay=overlay, num_classes=classes, drop_rate=0.1)
+    model.to(device, memory_format=torch.channels_last)
     config = timm.data.resolve_data_config({'img_size': args.img_size}, model=model)
-    loaders = {split: create_loader(args, split, config) for split in ('train', 'val')}
+    train, val = create_loader(train, config, args, training=True), create_loader(val, config, args, training=False)
 
-    mixup = timm.data.Mixup(mixup_alpha=args.mixup, label_smoothing=0.1, num_classes=classes)
+    # Without mixup (alpha 0) it still smooths the labels.
+    mixup = timm.data.Mixup(args.mixup or 1.0, prob=float(args.mixup > 0), label_smoothing=0.1, num_classes=classes)
     loss_fn = timm.loss.SoftTargetCrossEntropy()
     # Layers get smaller rates the nearer they are to the input, by the groups of the model's group_matcher().
     optimizer = timm.optim.create_optimizer_v2(
         model, opt='adamw', lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay)
-    steps = len(loaders['train'])
+    steps = len(train)
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=min(1, args.epochs - 1), warmup_lr=1e-6,
         step_on_epochs=False, updates_per_epoch=steps)
     ema = timm.utils.ModelEmaV3(model, decay=args.ema, use_warmup=True)
     for epoch in range(args.epochs):
         model.train()
-        progress = tqdm(loaders['train'], desc=f'epoch {epoch + 1} of {args.epochs}', disable=None)
+        progress = tqdm(train, desc=f'epoch {epoch + 1} of {args.epochs}', disable=None)
         for step, (images, labels) in enumerate(progress, epoch * steps):
             images, targets = mixup(images.to(device, memory_format=torch.channels_last), labels.to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -73,12 +82,10 @@ def finetune(args: argparse.Namespace) -> float:
             schedule.step_update(step + 1)
             ema.update(model, step)
             progress.set_postfix(loss=f'{loss.item():.3f}')
-        accuracy = evaluate(ema.module, loaders['val'], device)
+        accuracy = evaluate(ema.module, val, device)
         print(f'epoch {epoch + 1}: accuracy of the averaged weights on val/: {accuracy:.2f} %', flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + '.partial')
-    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in ema.module.state_dict().items()}, partial)
-    os.replace(partial, args.output)
+    save_weights(ema.module, args.output)
     return accuracy
 
 
@@ -92,7 +99,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3, help='of the classifier')
     parser.add_argument('--layer-decay', type=float, default=0.75, help='of the learning rate, per layer downwards')
-    parser.add_argument('--mixup', type=float, default=0.2, help='alpha')
+    parser.add_argument('--mixup', type=float, default=0.2, help='alpha, 0 for none')
     parser.add_argument('--ema', type=float, default=0.998, help='decay of the averaged weights')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--workers', type=int, default=2)
@@ -107,8 +114,11 @@ def main(argv: Optional[List[str]] = None) -> None:
             parser.error(f'expected a folder {folder} with a subfolder of images per class; there is none')
     if args.checkpoint and not args.checkpoint.is_file():
         parser.error(f'expected a checkpoint, got {args.checkpoint}')
-    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2:
-        parser.error(f'expected --epochs >= 1 and an even --batch-size, got {args.epochs} and {args.batch_size}')
+    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2 or args.mixup < 0:
+        parser.error('expected --epochs >= 1, an even --batch-size and --mixup >= 0, got '
+                     f'{args.epochs}, {args.batch_size} and {args.mixup}')
+    if args.output.suffix != '.safetensors':
+        parser.error(f'expected an --output that ends in .safetensors, got {args.output}')
     finetune(args)
     print(f'weights: {args.output}')
 

@@ -11,24 +11,31 @@ output/segment/results.csv and a picture of predictions per architecture. DeepLa
 import argparse
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
-import matplotlib
-
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
 from benchmark import machine
-from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
+from matplotlib.colors import ListedColormap
+from shapes import (
+    CLASSES,
+    COLORS,
+    Scene,
+    add_arguments,
+    batches,
+    check_arguments,
+    draw_grid,
+    intersection_over_union,
+    make_scenes,
+    to_tensor,
+)
 from tqdm import tqdm
 from train_cifar import write_csv
 
 OPTIONS = {'DeepLabV3Plus': dict(encoder_output_stride=16)}
-COLORS = np.array([[0, 0, 0], [230, 60, 60], [60, 200, 90], [70, 110, 240], [240, 210, 60]], np.uint8)
 
 
 def build(arch: str, backbone: str) -> torch.nn.Module:
@@ -67,55 +74,28 @@ def predict(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespac
         model(b.to(args.device, memory_format=torch.channels_last)).argmax(1).cpu() for b in images.split(16)])
 
 
-def intersection_over_union(predicted: torch.Tensor, scenes: List[Scene]) -> List[float]:
-    """Of each class, over the pixels of all scenes together."""
-    masks = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
-    counts = smp.metrics.get_stats(predicted, masks, mode='multiclass', num_classes=len(CLASSES))
-    return smp.metrics.iou_score(*(t.sum(0) for t in counts), reduction='none').tolist()
-
-
 def draw(path: Path, scenes: List[Scene], predictions: Dict[str, torch.Tensor]) -> None:
-    columns = {'image': [s.image for s in scenes], 'truth': [COLORS[s.mask] for s in scenes],
-               **{name: [COLORS[m.numpy()] for m in masks] for name, masks in predictions.items()}}
-    fig, axes = plt.subplots(len(columns), len(scenes), figsize=(1.5 * len(scenes), 1.5 * len(columns)))
-    for row, (name, pictures) in zip(axes, columns.items(), strict=True):
-        for ax, picture in zip(row, pictures, strict=True):
-            ax.imshow(picture)
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name)
-    fig.tight_layout(pad=0.3)
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+    def paint(masks: Sequence[np.ndarray]) -> Callable[[plt.Axes, int], None]:
+        return lambda ax, i: ax.imshow(masks[i], cmap=ListedColormap(COLORS), vmin=0, vmax=len(COLORS) - 1)
+
+    draw_grid(path, scenes, {
+        'image': lambda ax, i: ax.imshow(scenes[i].image), 'truth': paint([s.mask for s in scenes]),
+        **{name: paint(masks.numpy()) for name, masks in predictions.items()}})
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['gunn18', 'sunn18', 'resnet50'], help='names of timm models')
+    parser.add_argument('--models', nargs='+', default=['gunn18', 'sunn18', 'resnet50'],
+                        help='timm models with features of strides 2 to 32')
     parser.add_argument('--archs', nargs='+', default=['Unet', 'DeepLabV3Plus'], help='of segmentation_models_pytorch')
-    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
-    parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--train-scenes', type=int, default=800)
-    parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, default=Path('output/segment'))
+    add_arguments(parser, steps=300, lr=1e-3, output='output/segment')
     args = parser.parse_args(argv)
-    unknown = [name for name in args.models if not timm.is_model(name)]
-    if unknown:
-        parser.error(f'expected names of timm models, got {unknown[0]}')
     known = [cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()]
     unknown = [arch for arch in args.archs if arch not in known]
     if unknown:
         parser.error(f'expected --archs among {", ".join(known)}, got {unknown[0]}')
-    if args.size < 32 or args.size % 32:
-        parser.error(f'expected --size to be a multiple of 32, got {args.size}')
-    if args.steps < 1 or args.batch_size < 2 or args.held_out < 1:
-        parser.error('expected --steps and --held-out >= 1 and --batch-size >= 2, got '
-                     f'{args.steps}, {args.held_out} and {args.batch_size}')
-    if args.train_scenes < args.batch_size:
-        parser.error(f'expected at least one batch of {args.batch_size} scenes, got --train-scenes {args.train_scenes}')
+    check_arguments(parser, args, args.models, args.batch_size)
     return args
 
 
@@ -135,7 +115,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             minutes = train(model, scenes, args)
             predicted = predict(model, held_out, args)
             ious = [100 * iou for iou in intersection_over_union(predicted, held_out)]
-            mean = sum(ious) / len(ious)
+            mean = float(np.nanmean(ious))
             print(f'| {arch} | `{name}` | {mean:.1f} | {" | ".join(f"{i:.1f}" for i in ious)} | {minutes:.1f} |',
                   flush=True)
             predictions[name] = predicted[:8]
@@ -143,8 +123,8 @@ def main(argv: Optional[List[str]] = None) -> None:
                 architecture=arch, backbone=name, miou=mean, **dict(zip(CLASSES, ious, strict=True)), steps=args.steps,
                 batch_size=args.batch_size, size=args.size, seed=args.seed, minutes=minutes,
                 segmentation_models_pytorch=smp.__version__, **machine(args)))
+            write_csv(args.output / 'results.csv', rows)  # after each, so that nothing is lost
         draw(args.output / f'{arch.lower()}.png', held_out[:8], predictions)
-    write_csv(args.output / 'results.csv', rows)
 
 
 if __name__ == '__main__':

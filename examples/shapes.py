@@ -3,19 +3,30 @@
 The photographs are those that scikit-learn and matplotlib ship (a temple, a flower, a portrait). Training scenes have
 their left three fifths behind them, held-out scenes their right two fifths. Objects are discs, squares, triangles and
 stars, turned, filled with a random colour and with texture from another place of the photographs, so that neither
-colour nor texture tells the class; later ones hide earlier ones.
+colour nor texture tells the class; later ones hide earlier ones. The options and pictures of those examples are here,
+too.
 """
+import argparse
 import math
 from functools import lru_cache
-from typing import Iterator, List, NamedTuple, Tuple
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
+import matplotlib
+
+matplotlib.use('Agg')
 import matplotlib.cbook
+import matplotlib.pyplot as plt
 import numpy as np
+import timm
 import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from train_cifar import replacing
 
 CLASSES = ('background', 'disc', 'square', 'triangle', 'star')
+COLORS = ('#000000', '#e63c3c', '#3cc85a', '#466ef0', '#f0d23c')
 
 
 class Scene(NamedTuple):
@@ -87,7 +98,6 @@ def make_scenes(n: int, size: int, held_out: bool, seed: int = 0) -> List[Scene]
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(3, H, W), float32, normalised with timm's ImageNet statistics."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = (torch.tensor(t)[:, None, None] for t in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
 
@@ -100,3 +110,65 @@ def batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Iterator[torc
             if steps:
                 steps -= 1
                 yield batch
+
+
+def intersection_over_union(predicted: torch.Tensor, scenes: List[Scene]) -> List[float]:
+    """Of each class, over the pixels of all scenes together; NaN for a class that is neither there nor predicted."""
+    truth = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
+    n = len(CLASSES)
+    confusion = torch.bincount((truth * n + predicted).flatten(), minlength=n * n).view(n, n).double()
+    both = confusion.diagonal()
+    return (both / (confusion.sum(0) + confusion.sum(1) - both)).tolist()
+
+
+def draw_grid(
+        path: Path,
+        scenes: List[Scene],
+        rows: Dict[str, Callable[[plt.Axes, int], None]],
+        legend: bool = False,
+) -> None:
+    """A picture with a column per scene and a row per name, filled by rows[name](axes, number of the scene)."""
+    fig, axes = plt.subplots(
+        len(rows), len(scenes), figsize=(1.5 * len(scenes), 1.5 * len(rows)), squeeze=False)
+    for row, (name, fill) in zip(axes, rows.items(), strict=True):
+        for i, ax in enumerate(row):
+            fill(ax, i)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    if legend:
+        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(COLORS, CLASSES, strict=True)]
+        fig.legend(handles=lines[1:], ncols=len(CLASSES) - 1, loc='upper center', fontsize='small')
+    fig.tight_layout(pad=0.3, rect=(0, 0, 1, 0.95) if legend else None)
+    with replacing(path) as part:
+        fig.savefig(part, dpi=80, format='png')
+    plt.close(fig)
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, output: str) -> None:
+    """Options that the examples on scenes have in common."""
+    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
+    parser.add_argument('--steps', type=int, default=steps)
+    parser.add_argument('--lr', type=float, default=lr)
+    parser.add_argument('--train-scenes', type=int, default=800)
+    parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', type=Path, default=Path(output))
+
+
+def check_arguments(
+        parser: argparse.ArgumentParser, args: argparse.Namespace, models: List[str], batch_size: int) -> None:
+    """An error of the parser if they do not make sense together."""
+    for name in models:
+        if not timm.is_model(name):
+            parser.error(f'expected names of timm models, got {name}')
+        reduction = timm.create_model(name, features_only=True, device='meta').feature_info.reduction()
+        if reduction != [2, 4, 8, 16, 32]:
+            parser.error(f'expected a model with features of strides 2, 4, 8, 16 and 32, got {name} with {reduction}')
+    if args.size < 64 or args.size % 32:
+        parser.error(f'expected --size to be a multiple of 32 from 64, got {args.size}')
+    if args.steps < 1 or args.held_out < 1 or batch_size < 2:
+        parser.error('expected --steps and --held-out >= 1 and batches of 2 scenes or more, got '
+                     f'{args.steps}, {args.held_out} and {batch_size}')
+    if args.train_scenes < batch_size:
+        parser.error(f'expected at least one batch of {batch_size} scenes, got --train-scenes {args.train_scenes}')

@@ -618,7 +618,9 @@ def ensemble(run: Run, data: Data) -> List[Row]:
         members.append(file_log_probs(run, snapshot_path(run.args.output, cycle), data))
         _, single = evaluate(members[-1], data.test.labels)
         loss, error = evaluate(torch.stack(members).logsumexp(0) - math.log(m), data.test.labels)
-        rows.append(dict(m=m, snapshot=cycle, snapshot_error=single, ensemble_error=error, ensemble_loss=loss))
+        rows.append(dict(
+            m=m, snapshot=cycle, snapshot_error=round(single, 4), ensemble_error=round(error, 4),
+            ensemble_loss=round(loss, 5)))
         print(f'last {m} snapshots: {error:.2f} % error; snapshot {cycle} alone: {single:.2f} %')
     return rows
 

@@ -16,13 +16,22 @@ import json
 from pathlib import Path
 from typing import List, Optional
 
+import numpy as np
 import timm
 import timm.models
 import torch
 from PIL import Image
 from quickstart import CIFAR10, PHOTOGRAPHS
-from segment import intersection_over_union
-from shapes import CLASSES, Scene, batches, make_scenes, to_tensor
+from shapes import (
+    CLASSES,
+    Scene,
+    add_arguments,
+    batches,
+    check_arguments,
+    intersection_over_union,
+    make_scenes,
+    to_tensor,
+)
 from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -35,49 +44,47 @@ from transformers import (
 )
 
 
-def restore(model: torch.nn.Module, weights: Optional[Path] = None) -> None:
-    """Give the timm part of a transformers model the parameters and statistics that timm gives it.
+def restore(model: torch.nn.Module, source: torch.nn.Module) -> torch.nn.Module:
+    """Give the timm part of a new transformers model all weights and statistics of the same network made by timm.
 
     Args:
-        model: Model with a TimmBackbone somewhere in it, its norms frozen by transformers or not.
-        weights: Weights of the backbone, such as a checkpoint of timm's train.py; None for the pretrained ones or, if
-            there are none, fresh ones.
+        model: Model that was just made, with a TimmBackbone in it, its norms frozen by transformers or not.
+        source: timm's network, features_only, with the same outputs.
     """
-    body = next(m for m in model.modules() if isinstance(m, timm.models.FeatureListNet))
-    name = body.pretrained_cfg['architecture']
-    overlay = dict(file=str(weights)) if weights else None
-    state = timm.create_model(
-        name, features_only=True, pretrained=bool(weights) or timm.is_model_pretrained(name),
-        pretrained_cfg_overlay=overlay, out_indices=body.feature_info.out_indices).state_dict()
-    body.load_state_dict(state)
-
-
-def upernet(backbone: str, classes: int, **kwargs) -> UperNetForSemanticSegmentation:
-    channels = timm.create_model(backbone, features_only=True, device='meta').feature_info.channels()
-    model = UperNetForSemanticSegmentation(UperNetConfig(
-        backbone_config=TimmBackboneConfig(
-            backbone=backbone, use_pretrained_backbone=False, out_indices=list(range(len(channels)))[-4:]),
-        auxiliary_in_channels=channels[-2], num_labels=classes, **kwargs))
-    restore(model)
+    bodies = [m for m in model.modules() if isinstance(m, timm.models.FeatureListNet)]
+    if len(bodies) != 1:
+        raise ValueError(f'restore: expected a model with one FeatureListNet of timm in it, got {len(bodies)}.')
+    bodies[0].load_state_dict(source.state_dict())
     return model
 
 
-def detr(backbone: str, classes: int, **kwargs) -> DetrForObjectDetection:
-    """DETR, whose frozen norms keep the statistics that they are given: a backbone should come with weights."""
-    last = len(timm.create_model(backbone, features_only=True, device='meta').feature_info.channels()) - 1
-    model = DetrForObjectDetection(DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=classes,
-        backbone_config=TimmBackboneConfig(backbone=backbone, use_pretrained_backbone=False, out_indices=[last]),
-        **kwargs))
-    restore(model)
-    return model
+def backbone_config(source: torch.nn.Module) -> TimmBackboneConfig:
+    return TimmBackboneConfig(
+        backbone=source.pretrained_cfg['architecture'], out_indices=list(source.feature_info.out_indices))
+
+
+def upernet(source: torch.nn.Module, classes: int, **kwargs) -> UperNetForSemanticSegmentation:
+    """UperNet on maps of strides 4 to 32, by a network that timm made: features_only, out_indices=(1, 2, 3, 4)."""
+    config = UperNetConfig(
+        backbone_config=backbone_config(source), auxiliary_in_channels=source.feature_info.channels()[2],
+        num_labels=classes, **kwargs)
+    return restore(UperNetForSemanticSegmentation(config), source)
+
+
+def detr(source: torch.nn.Module, classes: int, **kwargs) -> DetrForObjectDetection:
+    """DETR on the last map of a network that timm made, features_only and out_indices=(4,).
+
+    Its norms are frozen and keep the statistics that they are given: the network should come with trained weights.
+    """
+    config = DetrConfig(backbone_config=backbone_config(source), num_labels=classes, **kwargs)
+    return restore(DetrForObjectDetection(config), source)
 
 
 def train(model: UperNetForSemanticSegmentation, scenes: List[Scene], args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
     model.train()
-    progress = tqdm(batches(len(scenes), args.batch_size, args.steps), total=args.steps, disable=None)
+    progress = tqdm(batches(len(scenes), args.batch_size, args.steps, args.seed), total=args.steps, disable=None)
     for batch in progress:
         images = torch.stack([to_tensor(scenes[i].image) for i in batch])
         masks = torch.stack([torch.from_numpy(scenes[i].mask).long() for i in batch])
@@ -117,31 +124,20 @@ def classify(folder: Path) -> int:
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='gunn18', help='backbone, any timm model with features of strides 2 to 32')
-    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
-    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--model', default='gunn18', help='timm model with features of strides 2 to 32')
     parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--train-scenes', type=int, default=800)
-    parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, default=Path('output/transformers'))
+    add_arguments(parser, steps=300, lr=1e-3, output='output/transformers')
     args = parser.parse_args(argv)
-    if not timm.is_model(args.model):
-        parser.error(f'expected the name of a timm model, got {args.model}')
-    if args.steps < 1 or args.held_out < 1 or not 2 <= args.batch_size <= args.train_scenes:
-        parser.error('expected --steps and --held-out >= 1 and 2 <= --batch-size <= --train-scenes, got '
-                     f'{args.steps}, {args.held_out}, {args.batch_size} and {args.train_scenes}')
-    if args.size < 64 or args.size % 32:
-        parser.error(f'expected --size to be a multiple of 32 from 64, got {args.size}')
+    check_arguments(parser, args, [args.model], args.batch_size)
 
-    torch.manual_seed(0)
-    model = upernet(args.model, len(CLASSES), hidden_size=128, auxiliary_channels=64).to(args.device)
-    train(model, make_scenes(args.train_scenes, args.size, held_out=False), args)
-    held_out = make_scenes(args.held_out, args.size, held_out=True)
+    torch.manual_seed(args.seed)
+    source = timm.create_model(args.model, features_only=True, out_indices=(1, 2, 3, 4))
+    model = upernet(source, len(CLASSES), hidden_size=128, auxiliary_channels=64).to(args.device)
+    train(model, make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed), args)
+    held_out = make_scenes(args.held_out, args.size, held_out=True, seed=args.seed)
     predicted = predict(model, held_out, args.device)
-    ious = intersection_over_union(predicted, held_out)
-    print(f'UperNet on {args.model}: mIoU {100 * sum(ious) / len(ious):.1f} % on {len(held_out)} held-out scenes')
+    miou = np.nanmean(intersection_over_union(predicted, held_out))
+    print(f'UperNet on {args.model}: mIoU {100 * miou:.1f} % on {len(held_out)} held-out scenes')
     model.save_pretrained(args.output / 'upernet')
     again = UperNetForSemanticSegmentation.from_pretrained(args.output / 'upernet')
     same = (predict(again, held_out, args.device) == predicted).float().mean().item()

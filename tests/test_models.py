@@ -2,6 +2,7 @@
 import copy
 import io
 import math
+import re
 import warnings
 
 import pytest
@@ -215,6 +216,20 @@ def test_weights_that_are_not_there(keys, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         small('gunn18', pretrained=True, features_only=True,
               pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+
+
+def test_weights_that_end_early(tmp_path, caplog):
+    """Of a network that was pruned: the later stages are not left as they are in silence."""
+    source = small('gunn18')
+    source.prune_intermediate_layers((0, 1, 2))
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'))
+    small('gunn18', pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+    assert re.search(r'\d+ tensors are not among the weights and stay as they are, stage3\.', caplog.text)
+    caplog.clear()
+    small('gunn18', pretrained=True, features_only=True, out_indices=(0, 1, 2), pretrained_cfg_overlay=dict(
+        state_dict=small('gunn18').state_dict()))
+    assert 'stay as they are' not in caplog.text
 
 
 @pytest.mark.parametrize('name', SMALL)

@@ -8,6 +8,7 @@ stage's width) followed by a single GUNN layer. Where the paper and the code its
 networks follow the code, with which the published parameter counts agree: units of the CIFAR networks carry a
 projection shortcut, and the transitions of the ImageNet networks pool before their convolution.
 """
+import logging
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from timm.models._features import feature_take_indices
 from .layer import GunnLayer, fold_norm, reset_norm
 
 __all__ = ['Gunn']
+
+_logger = logging.getLogger(__name__)
 
 
 class AtrousAvgPool2d(nn.Module):
@@ -371,7 +374,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
             f'Gunn: expected the weights of one network, among them {key!r} with or without a prefix, got '
             f'{f"those of several, {prefixes}" if prefixes else list(state_dict)[:3]}.')
     prefix, = prefixes
-    return {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    missing = [k for k in model.state_dict() if k not in state_dict and k.startswith('stage') and 'tracked' not in k]
+    if missing:  # as of a network that was cut off at a stage
+        _logger.warning(f'{len(missing)} tensors are not among the weights and stay as they are, {missing[0]} for one.')
+    return state_dict
 
 
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
