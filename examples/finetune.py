@@ -21,7 +21,12 @@ from tqdm import tqdm
 from train_cifar import save_weights
 
 
-def create_loader(dataset: torch.utils.data.Dataset, config: dict, args: argparse.Namespace, training: bool):  # noqa: ANN201
+def create_loader(
+        dataset: torch.utils.data.Dataset,
+        config: dict,
+        args: argparse.Namespace,
+        training: bool,
+) -> torch.utils.data.DataLoader:
     return timm.data.create_loader(
         dataset, config['input_size'], args.batch_size, is_training=training, scale=(0.6, 1.0), mean=config['mean'],
         std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
