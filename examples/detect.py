@@ -10,7 +10,6 @@ Reports COCO's mean average precision on held-out scenes. Writes output/detect/r
 a picture with boxes per detector.
 """
 import argparse
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, Dict, List, Optional
@@ -22,13 +21,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from benchmark import machine
-from shapes import CLASSES, COLORS, Scene, add_arguments, batches, check_arguments, draw_grid, make_scenes, to_tensor
+from shapes import CLASSES, COLORS, Scene, add_arguments, check_arguments, draw_grid, fit, load_scenes, to_tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from tqdm import tqdm
 from train_cifar import save_weights, write_csv
 
 
@@ -64,20 +62,15 @@ def pretrain(backbone: str, path: Path, scenes: List[Scene], args: argparse.Name
     """Train a classifier to say which objects a scene holds; write its weights."""
     torch.manual_seed(args.seed)
     model = timm.create_model(backbone, num_classes=len(CLASSES) - 1)
-    model.to(args.device, memory_format=torch.channels_last).train()
+    model.to(args.device, memory_format=torch.channels_last)
     images = torch.stack([to_tensor(s.image) for s in scenes])
     present = torch.stack([F.one_hot(torch.from_numpy(s.labels), len(CLASSES)).sum(0)[1:] > 0 for s in scenes])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=args.pretrain_steps)
-    steps = tqdm(batches(len(scenes), 8, args.pretrain_steps, args.seed), total=args.pretrain_steps, disable=None)
-    for batch in steps:
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
         logits = model(images[batch].to(args.device, memory_format=torch.channels_last))
-        loss = F.binary_cross_entropy_with_logits(logits, present[batch].to(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        steps.set_postfix(loss=f'{loss.item():.3f}')
+        return F.binary_cross_entropy_with_logits(logits, present[batch].to(logits))
+
+    fit(model, loss_of, len(scenes), 8, args.pretrain_steps, 1e-3, args.seed)
     save_weights(model, path)
 
 
@@ -86,24 +79,14 @@ def target(scene: Scene, device: str) -> Dict[str, torch.Tensor]:
 
 
 def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> float:
-    """Fine-tune at batch size 2 with AdamW under a one-cycle schedule; returns minutes."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
-    model.train()
-    start = time.monotonic()
-    with tqdm(batches(len(scenes), 2, args.steps, args.seed), total=args.steps, disable=None) as progress:
-        for batch in progress:
-            chosen = [scenes[i] for i in batch]
-            losses = model([to_tensor(s.image).to(args.device) for s in chosen],
-                           [target(s, args.device) for s in chosen])
-            loss = sum(losses.values())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-            progress.set_postfix(loss=f'{loss.item():.3f}')
-    return (time.monotonic() - start) / 60
+    """Fine-tune at batch size 2; returns minutes."""
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        chosen = [scenes[i] for i in batch]
+        losses = model(
+            [to_tensor(s.image).to(args.device) for s in chosen], [target(s, args.device) for s in chosen])
+        return sum(losses.values())
+
+    return fit(model, loss_of, len(scenes), 2, args.steps, args.lr, args.seed, clip=10.0)
 
 
 @torch.no_grad()
@@ -153,8 +136,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    scenes = make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed)
-    held_out = make_scenes(args.held_out, args.size, held_out=True, seed=args.seed)
+    scenes, held_out = load_scenes(args)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         pretrain(name, args.output / f'{name}.safetensors', scenes, args)

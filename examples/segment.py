@@ -9,7 +9,6 @@ Trains each backbone under each architecture from scratch with one recipe, on ob
 output/segment/results.csv and a picture of predictions per architecture. DeepLabV3+ runs at output stride 16.
 """
 import argparse
-import time
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -25,14 +24,13 @@ from shapes import (
     COLORS,
     Scene,
     add_arguments,
-    batches,
     check_arguments,
     draw_grid,
+    fit,
     intersection_over_union,
-    make_scenes,
+    load_scenes,
     to_tensor,
 )
-from tqdm import tqdm
 from train_cifar import write_csv
 
 OPTIONS = {'DeepLabV3Plus': dict(encoder_output_stride=16)}
@@ -45,24 +43,16 @@ def build(arch: str, backbone: str) -> torch.nn.Module:
 
 
 def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> float:
-    """Train with AdamW under a one-cycle schedule, by cross entropy and Dice loss; returns minutes."""
+    """Train by cross entropy and Dice loss; returns minutes."""
     images = torch.stack([to_tensor(s.image) for s in scenes]).to(args.device, memory_format=torch.channels_last)
     masks = torch.stack([torch.from_numpy(s.mask).long() for s in scenes]).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
     dice = smp.losses.DiceLoss('multiclass')
-    model.train()
-    start = time.monotonic()
-    with tqdm(batches(len(scenes), args.batch_size, args.steps, args.seed), total=args.steps, disable=None) as progress:
-        for batch in progress:
-            logits = model(images[batch])
-            loss = F.cross_entropy(logits, masks[batch]) + dice(logits, masks[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.set_postfix(loss=f'{loss.item():.3f}')
-    return (time.monotonic() - start) / 60
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(images[batch])
+        return F.cross_entropy(logits, masks[batch]) + dice(logits, masks[batch])
+
+    return fit(model, loss_of, len(scenes), args.batch_size, args.steps, args.lr, args.seed)
 
 
 @torch.no_grad()
@@ -101,8 +91,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    scenes = make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed)
-    held_out = make_scenes(args.held_out, args.size, held_out=True, seed=args.seed)
+    scenes, held_out = load_scenes(args)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
     print(f'| architecture | backbone | mIoU (%) | {" | ".join(CLASSES)} | minutes |')

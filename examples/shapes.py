@@ -3,11 +3,12 @@
 The photographs are those that scikit-learn and matplotlib ship (a temple, a flower, a portrait). Training scenes have
 their left three fifths behind them, held-out scenes their right two fifths. Objects are discs, squares, triangles and
 stars, turned, filled with a random colour and with texture from another place of the photographs, so that neither
-colour nor texture tells the class; later ones hide earlier ones. The options and pictures of those examples are here,
-too.
+colour nor texture tells the class; later ones hide earlier ones. What else those examples share is here, too: the
+training loop, pictures and options.
 """
 import argparse
 import math
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
@@ -23,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tqdm import tqdm
 from train_cifar import replacing
 
 CLASSES = ('background', 'disc', 'square', 'triangle', 'star')
@@ -102,6 +104,12 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
 
 
+def load_scenes(args: argparse.Namespace) -> Tuple[List[Scene], List[Scene]]:
+    """Training scenes and held-out scenes."""
+    return (make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed),
+            make_scenes(args.held_out, args.size, held_out=True, seed=args.seed))
+
+
 def batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Iterator[torch.Tensor]:
     """Indices of `steps` batches, epoch after epoch in random order, incomplete batches left out."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,6 +118,44 @@ def batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Iterator[torc
             if steps:
                 steps -= 1
                 yield batch
+
+
+def fit(
+        model: torch.nn.Module,
+        loss_of: Callable[[torch.Tensor], torch.Tensor],
+        n: int,
+        batch_size: int,
+        steps: int,
+        lr: float,
+        seed: int,
+        clip: float = math.inf,
+) -> float:
+    """Train with AdamW under a one-cycle schedule; returns minutes.
+
+    Args:
+        model: Model to train.
+        loss_of: Loss of the scenes of a batch of indices below n.
+        n: Number of scenes.
+        batch_size: Scenes per step.
+        steps: Number of steps.
+        lr: Highest learning rate.
+        seed: Seed of the order of the scenes.
+        clip: Largest norm of all gradients together.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    model.train()
+    start = time.monotonic()
+    with tqdm(batches(n, batch_size, steps, seed), total=steps, unit='step', disable=None) as progress:
+        for batch in progress:
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f'{loss.item():.3f}')
+    return (time.monotonic() - start) / 60
 
 
 def intersection_over_union(predicted: torch.Tensor, scenes: List[Scene]) -> List[float]:

@@ -26,13 +26,12 @@ from shapes import (
     CLASSES,
     Scene,
     add_arguments,
-    batches,
     check_arguments,
+    fit,
     intersection_over_union,
-    make_scenes,
+    load_scenes,
     to_tensor,
 )
-from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
     DetrConfig,
@@ -81,19 +80,12 @@ def detr(source: torch.nn.Module, classes: int, **kwargs) -> DetrForObjectDetect
 
 
 def train(model: UperNetForSemanticSegmentation, scenes: List[Scene], args: argparse.Namespace) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
-    model.train()
-    progress = tqdm(batches(len(scenes), args.batch_size, args.steps, args.seed), total=args.steps, disable=None)
-    for batch in progress:
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
         images = torch.stack([to_tensor(scenes[i].image) for i in batch])
         masks = torch.stack([torch.from_numpy(scenes[i].mask).long() for i in batch])
-        loss = model(images.to(args.device), labels=masks.to(args.device)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f'{loss.item():.3f}')
+        return model(images.to(args.device), labels=masks.to(args.device)).loss
+
+    fit(model, loss_of, len(scenes), args.batch_size, args.steps, args.lr, args.seed)
 
 
 @torch.no_grad()
@@ -133,8 +125,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     torch.manual_seed(args.seed)
     source = timm.create_model(args.model, features_only=True, out_indices=(1, 2, 3, 4))
     model = upernet(source, len(CLASSES), hidden_size=128, auxiliary_channels=64).to(args.device)
-    train(model, make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed), args)
-    held_out = make_scenes(args.held_out, args.size, held_out=True, seed=args.seed)
+    scenes, held_out = load_scenes(args)
+    train(model, scenes, args)
     predicted = predict(model, held_out, args.device)
     miou = np.nanmean(intersection_over_union(predicted, held_out))
     print(f'UperNet on {args.model}: mIoU {100 * miou:.1f} % on {len(held_out)} held-out scenes')
