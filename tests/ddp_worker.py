@@ -1,6 +1,6 @@
 """Run by torch.distributed.run: DistributedDataParallel on two gloo processes against one process on the joined batch.
 
-Imports timm alone: the networks must be found in every process.
+Does not import the package: every process must find the networks by timm alone.
 """
 import copy
 import logging
@@ -9,6 +9,7 @@ import sys
 import timm
 import torch
 import torch.distributed as dist
+from reference import randomise
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -18,12 +19,7 @@ def network(name: str, **kwargs) -> torch.nn.Module:
     channels = (12, 16, 20, 24)[:4 if '18' in name else 3]
     model = timm.create_model(
         name, channels=channels, segments=(3, 4, 5, 6)[:len(channels)], dtype=torch.float64, **kwargs)
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            for t in [*m.parameters(), *m.buffers()]:
-                if t.is_floating_point():
-                    t.data.uniform_(0.5, 1.5)
-    return model.train()
+    return randomise(model).train()
 
 
 def check_synchronised(name: str, rank: int, size: int) -> None:

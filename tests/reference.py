@@ -1,8 +1,21 @@
-"""The GUNN layer again, written from the paper with one module per update unit. Slow, plain, and independent."""
+"""The GUNN layer again, written from the paper with one module per update unit. Slow, plain, and independent.
+
+And what makes any network depend on its norms.
+"""
 from typing import Callable
 
 import torch
 import torch.nn as nn
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give norms statistics and parameters that a fresh network lacks, so that eval mode depends on them."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.is_floating_point():
+                    t.data.uniform_(0.5, 1.5)
+    return model
 
 
 class ConvNorm(nn.Module):

@@ -12,6 +12,7 @@ import timm
 import timm.layers
 import torch
 from PIL import Image
+from reference import randomise
 from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 
@@ -33,13 +34,7 @@ def library(name):
 def randomised(name, **kwargs):
     """A network whose norms have statistics of their own."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs)
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            for t in [*m.parameters(), *m.buffers()]:
-                if t.is_floating_point():
-                    t.data.uniform_(0.5, 1.5)
-    return model
+    return randomise(timm.create_model(name, **kwargs))
 
 
 def assert_trains(model, loss):

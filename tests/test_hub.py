@@ -403,9 +403,7 @@ NO_REPO = f'There is no repository {REPO} that this token can see: nothing has b
 EMPTY = f'The repository {REPO} is there, without weights.'
 
 
-@pytest.mark.parametrize(('fault', 'message', 'commits'), [
-    # The client tries again for half a minute where an upload is cut.
-    pytest.param(*values, id=name, marks=[pytest.mark.slow] if name == 'lfs is cut' else []) for name, values in {
+@pytest.mark.parametrize(('fault', 'message', 'commits'), [pytest.param(*values, id=name) for name, values in {
     'create fails': (failing('/repos/create', 500), NO_REPO, None),
     'lfs fails': (failing('/lfs/', 400), EMPTY, 1),
     'commit fails': (failing('/commit/', 400), EMPTY, 1),

@@ -6,7 +6,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn as nn
-from reference import ReferenceLayer
+from reference import ReferenceLayer, randomise
 from torch.testing import assert_close
 
 from timm_gunn import GunnLayer
@@ -77,11 +77,7 @@ def make_pair(size=(12, 3, 2, 1), conversion=CONVERSIONS['plain'], norm=nn.Batch
     """A GunnLayer with random norm parameters and statistics, and the reference with the same, in float64."""
     torch.manual_seed(0)
     layer = GunnLayer(*size, norm_layer=norm, **kwargs).double()
-    for m in layer.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for t in [*m.parameters(), *m.buffers()]:
-                if t.is_floating_point():
-                    t.data.uniform_(0.5, 1.5)
+    randomise(layer)
     ref = ReferenceLayer(*size, norm=norm, **kwargs).double()
     ref.load_stacked(layer.state_dict())
     return conversion(layer).double(), conversion(ref).double()

@@ -10,6 +10,7 @@ import timm
 import timm.utils
 import torch
 import torch.nn as nn
+from reference import randomise
 from safetensors.torch import load_file
 from timm.models import group_parameters
 from torch.testing import assert_close
@@ -34,16 +35,6 @@ SMALL = {
 def small(name, **kwargs):
     torch.manual_seed(0)
     return timm.create_model(name, **{**SMALL[name], **kwargs})
-
-
-def randomise(model):
-    """Give norms statistics and parameters that a fresh network lacks, so that eval mode depends on them."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for t in [*m.parameters(), *m.buffers()]:
-                if t.is_floating_point():
-                    t.data.uniform_(0.5, 1.5)
-    return model
 
 
 def assert_same_output(actual, expected):

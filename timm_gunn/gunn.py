@@ -363,9 +363,11 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Weights of a network, out of those of a larger one that holds it as 'backbone' or under any other name.
 
+    Where timm loads without strictness, into features_only for instance, it goes on with what it has not loaded. So
+    weights of stages that are not there, as those of a network that was cut off, are named in a warning.
+
     Raises:
-        ValueError: If there is no such network in state_dict, or more than one. Where timm loads without strictness,
-            into features_only for instance, it would go on with what it has not loaded.
+        ValueError: If there is no such network in state_dict, or more than one.
     """
     key = 'stem.conv.weight'
     prefixes = [k[:-len(key)] for k in state_dict if f'.{k}'.endswith(f'.{key}')]
@@ -376,7 +378,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     prefix, = prefixes
     state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     missing = [k for k in model.state_dict() if k not in state_dict and k.startswith('stage') and 'tracked' not in k]
-    if missing:  # as of a network that was cut off at a stage
+    if missing:
         _logger.warning(f'{len(missing)} tensors are not among the weights and stay as they are, {missing[0]} for one.')
     return state_dict
 
