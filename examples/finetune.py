@@ -21,18 +21,6 @@ from tqdm import tqdm
 from train_cifar import save_weights
 
 
-def create_loader(
-        dataset: torch.utils.data.Dataset,
-        config: dict,
-        args: argparse.Namespace,
-        training: bool,
-) -> torch.utils.data.DataLoader:
-    return timm.data.create_loader(
-        dataset, config['input_size'], args.batch_size, is_training=training, scale=(0.6, 1.0), mean=config['mean'],
-        std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'],
-        num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0)
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> float:
     """Top-1 accuracy in percent."""
@@ -53,15 +41,17 @@ def finetune(args: argparse.Namespace) -> float:
     if len(train) < args.batch_size:
         raise SystemExit(f'expected at least one batch of {args.batch_size} training images, got {len(train)}')
     classes = len(names)
-    overlay = dict(num_classes=-1)  # of no number of classes: the classifier is always a new one
-    if args.checkpoint:
-        overlay['file'] = str(args.checkpoint)
+    overlay = {'file': str(args.checkpoint)} if args.checkpoint else {}
+    overlay['num_classes'] = -1  # that of no model: the classifier is always a new one
     model = timm.create_model(
         args.model, pretrained=bool(args.checkpoint) or timm.is_model_pretrained(args.model),
         pretrained_cfg_overlay=overlay, num_classes=classes, drop_rate=0.1)
     model.to(device, memory_format=torch.channels_last)
     config = timm.data.resolve_data_config({'img_size': args.img_size}, model=model)
-    train, val = create_loader(train, config, args, training=True), create_loader(val, config, args, training=False)
+    options = {k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
+    train, val = (timm.data.create_loader(
+        dataset, batch_size=args.batch_size, is_training=training, scale=(0.6, 1.0), num_workers=args.workers,
+        use_prefetcher=False, **options) for dataset, training in ((train, True), (val, False)))
 
     # Without mixup (alpha 0) it still smooths the labels.
     mixup = timm.data.Mixup(args.mixup or 1.0, prob=float(args.mixup > 0), label_smoothing=0.1, num_classes=classes)
