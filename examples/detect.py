@@ -128,7 +128,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--detectors', nargs='+', default=['faster_rcnn', 'retinanet'],
                         choices=['faster_rcnn', 'retinanet'])
     parser.add_argument('--pretrain-steps', type=int, default=200)
-    add_arguments(parser, steps=400, lr=2e-4, output='output/detect')
+    add_arguments(parser, size=96, steps=400, lr=2e-4, output='output/detect')
     args = parser.parse_args(argv)
     check_arguments(parser, args, args.models, batch_size=8)
     if args.pretrain_steps < 1:

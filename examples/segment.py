@@ -79,7 +79,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
                         help='timm models with features of strides 2 to 32')
     parser.add_argument('--archs', nargs='+', default=['Unet', 'DeepLabV3Plus'], help='of segmentation_models_pytorch')
     parser.add_argument('--batch-size', type=int, default=8)
-    add_arguments(parser, steps=300, lr=1e-3, output='output/segment')
+    add_arguments(parser, size=64, steps=400, lr=1e-3, output='output/segment')
     args = parser.parse_args(argv)
     known = [cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()]
     unknown = [arch for arch in args.archs if arch not in known]

@@ -2,9 +2,9 @@
 
 The photographs are those that scikit-learn and matplotlib ship (a temple, a flower, a portrait). Training scenes have
 their left three fifths behind them, held-out scenes their right two fifths. Objects are discs, squares, triangles and
-stars, turned, filled with a random colour and with texture from another place of the photographs, so that neither
-colour nor texture tells the class; later ones hide earlier ones. What else those examples share is here, too: the
-training loop, pictures and options.
+stars, turned, filled with a colour and with texture from another place of the photographs; later ones hide earlier
+ones. Each class has hues of its own, as things have, with overlaps where only the shape tells. What else those examples
+share is here, too: the training loop, pictures and options.
 """
 import argparse
 import math
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -74,8 +75,9 @@ def make_scene(rng: np.random.Generator, size: int, held_out: bool) -> Scene:
         corners = outline(label, radius, rng.uniform(0, 2 * math.pi))
         ImageDraw.Draw(stencil).polygon([(x + a, y + b) for a, b in corners], fill=1)
         inside = np.asarray(stencil)
-        texture = 0.5 * crop(rng, size, held_out) + 0.5 * rng.uniform(0, 255, 3)
-        image[inside] = texture[inside]
+        hue = rng.normal(label / 4, 0.08) % 1
+        color = 255 * hsv_to_rgb((hue, rng.uniform(0.4, 1), rng.uniform(0.4, 1)))
+        image[inside] = 0.5 * crop(rng, size, held_out)[inside] + 0.5 * color
         owner[inside] = i
         areas.append(inside.sum())
         labels.append(label)
@@ -190,9 +192,9 @@ def draw_grid(
     plt.close(fig)
 
 
-def add_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, output: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, size: int, steps: int, lr: float, output: str) -> None:
     """Options that the examples on scenes have in common."""
-    parser.add_argument('--size', type=int, default=128, help='side of the scenes, in pixels')
+    parser.add_argument('--size', type=int, default=size, help='side of the scenes, in pixels')
     parser.add_argument('--steps', type=int, default=steps)
     parser.add_argument('--lr', type=float, default=lr)
     parser.add_argument('--train-scenes', type=int, default=800)

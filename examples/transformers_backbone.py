@@ -118,7 +118,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='gunn18', help='timm model with features of strides 2 to 32')
     parser.add_argument('--batch-size', type=int, default=8)
-    add_arguments(parser, steps=300, lr=1e-3, output='output/transformers')
+    add_arguments(parser, size=64, steps=400, lr=1e-3, output='output/transformers')
     args = parser.parse_args(argv)
     check_arguments(parser, args, [args.model], args.batch_size)
 
