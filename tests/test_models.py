@@ -463,6 +463,29 @@ def test_converted_networks(name, convert):
     assert all(g is not None and torch.isfinite(g).all() for g in grads.values())
 
 
+@pytest.mark.parametrize('name', SMALL)
+def test_freezing_the_first_stages(name):
+    """By timm's helper: nothing in them changes in a step of training, all else does, and it can be taken back."""
+    model = randomise(small(name)).train()
+    timm.utils.freeze(model, ['stem', 'stage1'])
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train_step(model, torch.randn(2, 3, 64, 64))
+    optimizer.step()
+    frozen = {k for k in before if k.startswith(('stem.', 'stage1.'))}
+    assert frozen
+    same = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+    # But for biases before another norm, whose gradients are rounding, everything else is trained.
+    assert {k for k in same if not k.endswith('bn.bias')} == {k for k in frozen if not k.endswith('bn.bias')}
+    assert same >= frozen
+    timm.utils.unfreeze(model, ['stem', 'stage1'])
+    state = model.state_dict()
+    assert all(torch.equal(before[k], state[k]) for k in frozen)
+    grads, _ = train_step(model, torch.randn(2, 3, 64, 64))
+    assert all(g is not None for g in grads.values())
+    assert not torch.equal(model.state_dict()['stage1.bn.running_mean'], before['stage1.bn.running_mean'])
+
+
 def test_drop_path_rises_with_depth():
     model = timm.create_model('gunn18', drop_path_rate=0.3, device='meta')
     rates = [getattr(m.drop_path, 'drop_prob', 0.) for m in model.modules() if isinstance(m, GunnLayer)]

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 CHECKOUT = os.environ.get('TIMM_CHECKOUT')
@@ -165,6 +166,16 @@ def test_validate(images, checkpoints, options):
     if not options or options == ['--reparam']:
         expected = summary(checkpoints.parent)[-1]['eval_top1']
         assert f'"top1": {float(expected):g}' in out
+
+
+def test_checkpoint_as_a_backbone(checkpoints):
+    """What train.py wrote, in features_only: the averaged network of the checkpoint, as timm chooses, headless."""
+    path = checkpoints / 'last.pth.tar'
+    overlay = dict(file=str(path), num_classes=2)
+    model = timm.create_model('gunn15', features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    state = torch.load(path, map_location='cpu', weights_only=False)['state_dict_ema']
+    assert model.state_dict().keys() == {k for k in state if k.startswith(('stem', 'stage'))}
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 def test_inference(images, checkpoints, tmp_path):
