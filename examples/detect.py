@@ -50,8 +50,8 @@ class TimmFPN(torch.nn.Module):
 
 def build(detector: str, backbone: str, weights: Path, size: int) -> torch.nn.Module:
     retina = detector == 'retinanet'
-    scales = [size / 8 * 2 ** (i / 1.5) for i in range(5)]  # anchors for objects of a fifth to a half of the scene
-    anchors = AnchorGenerator(tuple((s,) for s in scales), ((0.5, 1.0, 2.0),) * 5)
+    # Objects are a fifth to two fifths of the scene, or less where partly hidden: anchors for all of that on each map.
+    anchors = AnchorGenerator((tuple(round(size * s) for s in (0.15, 0.22, 0.33)),) * 5, ((0.5, 1.0, 2.0),) * 5)
     # A scene holds four objects at most: 64 proposals of it do, torchvision's 512 take three times as long a step.
     options = dict(anchor_generator=anchors) if retina else dict(
         rpn_anchor_generator=anchors, box_batch_size_per_image=64)
