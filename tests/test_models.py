@@ -1,4 +1,5 @@
 """The registered networks beyond timm's own contract (tests/test_timm_contract.py): the paper's facts, and training."""
+import argparse
 import copy
 import io
 import math
@@ -9,6 +10,7 @@ import pytest
 import timm
 import timm.utils
 import torch
+import torch._dynamo.config
 import torch.nn as nn
 from reference import randomise
 from safetensors.torch import load_file
@@ -21,15 +23,9 @@ from timm_gunn.verify import known_weights
 MODELS = timm.list_models(module='gunn')
 IMAGENET = [m for m in MODELS if '18' in m]
 CIFAR = [m for m in MODELS if '18' not in m]
-# Small networks of each layout, for what need not be shown at full size.
-SMALL = {
-    'gunn15': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
-    'sunn15': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
-    'gunn15_nores': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
-    'gunn24': dict(channels=(12, 16, 20), segments=(3, 4, 5)),
-    'gunn18': dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6)),
-    'sunn18': dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6)),
-}
+# Small versions of each, for what need not be shown at full size.
+SMALL = {name: dict(channels=(12, 16, 20, 24)[:stages], segments=(3, 4, 5, 6)[:stages])
+         for name in MODELS for stages in [4 if name in IMAGENET else 3]}
 
 
 def small(name, **kwargs):
@@ -188,13 +184,30 @@ def test_weights_are_adapted(name, kwargs, tmp_path):
 
 @pytest.mark.parametrize('prefix', ['module.', 'backbone.', 'encoder.model.'])
 @pytest.mark.parametrize('kwargs', [dict(features_only=True), dict(num_classes=0)], ids=str)
-def test_weights_of_a_backbone_inside_another_network(kwargs, prefix, tmp_path):
-    source = randomise(small('gunn18'))
+@pytest.mark.parametrize('name', SMALL)
+def test_weights_of_a_backbone_inside_another_network(name, kwargs, prefix, tmp_path):
+    source = randomise(small(name))
     state = {f'{prefix}{k}': v for k, v in source.state_dict().items()}
     torch.save({'state_dict': {**state, 'decoder.weight': torch.ones(1)}}, tmp_path / 'weights.pth')
     overlay = dict(file=str(tmp_path / 'weights.pth'))
-    model = small('gunn18', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model = small(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     assert_close(dict(model.state_dict()), {k: source.state_dict()[k] for k in model.state_dict()}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_checkpoint_of_train_as_a_backbone(name, tmp_path):
+    """By the class that timm's train.py writes it with. timm takes the averaged weights where there are some."""
+    source = small(name)
+    ema = timm.utils.ModelEmaV3(randomise(copy.deepcopy(source)))
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.1)
+    saver = timm.utils.CheckpointSaver(
+        source, optimizer, args=argparse.Namespace(model=name), model_ema=ema, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0)
+    model = small(name, features_only=True, pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'last.pth.tar')))
+    averaged = ema.module.state_dict()
+    assert_close(dict(model.state_dict()), {k: averaged[k] for k in model.state_dict()}, rtol=0, atol=0)
+    assert not torch.equal(averaged['stage1.bn.weight'], source.state_dict()['stage1.bn.weight'])
 
 
 @pytest.mark.parametrize(('keys', 'message'), [
@@ -224,17 +237,27 @@ def test_weights_that_end_early(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_unpooled_features_without_a_classifier(name):
+def test_reset_classifier(name, tmp_path):
+    """Without pooling, a map of features comes out, or one of logits, whose mean is what pooling gives."""
     model = small(name)
     x = torch.randn(2, 3, 64, 96)
     expected = model.eval().forward_features(x)
     model.reset_classifier(0, global_pool='')
     assert_close(model(x), expected, rtol=0, atol=0)
     assert model(x).ndim == 4
+    model.reset_classifier(5, global_pool='')
+    assert model(x).shape == (2, 5, *expected.shape[2:])
+    assert model.head.fc.bias.abs().max() == 0
+    assert model.head.fc.weight.abs().max() <= model.num_features ** -0.5  # as a linear layer starts
+
     model = small(name).eval()
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
     assert model.head.global_pool.pool_type == 'avg'
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    unpooled = small(name, num_classes=7, global_pool='', pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'weights.pth'), num_classes=7)).eval()
+    assert_close(unpooled(x).mean((2, 3)), model(x))
 
 
 @pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
@@ -316,10 +339,11 @@ def test_out_indices(out_indices):
 
 @pytest.mark.parametrize('size', [(128, 192), (48, 75), (80, 33)], ids=str)
 @pytest.mark.parametrize('output_stride', [8, 16])
-def test_dilated_network_contains_the_strided_one(output_stride, size):
+@pytest.mark.parametrize('name', IMAGENET)
+def test_dilated_network_contains_the_strided_one(name, output_stride, size):
     """Outputs of the dilated network at every (32 / output_stride)-th pixel are those of the strided network."""
-    strided = randomise(small('gunn18', features_only=True, dtype=torch.float64)).eval()
-    dilated = small('gunn18', features_only=True, dtype=torch.float64, output_stride=output_stride).eval()
+    strided = randomise(small(name, features_only=True, dtype=torch.float64)).eval()
+    dilated = small(name, features_only=True, dtype=torch.float64, output_stride=output_stride).eval()
     dilated.load_state_dict(strided.state_dict(), strict=True)
     reduction = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
     assert dilated.feature_info.reduction() == reduction
@@ -331,8 +355,9 @@ def test_dilated_network_contains_the_strided_one(output_stride, size):
 
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_output_stride_of_cifar_networks_is_a_bound(output_stride):
-    model = small('gunn15', features_only=True, output_stride=output_stride)
+@pytest.mark.parametrize('name', CIFAR)
+def test_output_stride_of_cifar_networks_is_a_bound(name, output_stride):
+    model = small(name, features_only=True, output_stride=output_stride)
     assert model.feature_info.reduction() == [1, 2, 4]
 
 
@@ -448,7 +473,7 @@ def test_grad_checkpointing_keeps_less(name, kwargs, factor, features_only):
 @pytest.mark.parametrize('convert', [
     timm.layers.freeze_batch_norm_2d, timm.layers.convert_sync_batchnorm,
     nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_splitbn_model], ids=lambda f: f.__name__)
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+@pytest.mark.parametrize('name', SMALL)
 def test_converted_networks(name, convert):
     """In eval mode, and in train mode of the frozen one, nothing changes; every network still trains."""
     model = randomise(small(name)).eval()
@@ -536,6 +561,19 @@ def test_compile(name, training):
     assert_same_training(model, compiled, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.8.'), reason='torch 2.8 compiles anew for odd sizes')
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn18'])
+def test_compile_with_dynamic_sizes(name):
+    """One graph for images of any size, odd ones too."""
+    model = randomise(small(name, dtype=torch.float64)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='aot_eager')
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for size in ((64, 96), (75, 33), (50, 51)):
+            x = torch.randn(2, 3, *size, dtype=torch.float64)
+            assert_close(compiled(x), model(x))
+
+
 def test_compile_with_inductor():
     model = randomise(small('gunn15', channels=(4, 6, 4), segments=(2, 3, 2), dtype=torch.float64))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
@@ -587,7 +625,7 @@ def test_fx_of_torchvision(name):
     assert_close(dict(extractor.named_buffers()), dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
+@pytest.mark.parametrize('name', SMALL)
 def test_export_with_dynamic_shapes(name):
     model = randomise(small(name)).eval()
     exported = torch.export.export(
@@ -598,11 +636,11 @@ def test_export_with_dynamic_shapes(name):
 
 
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
-@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
+@pytest.mark.parametrize('name', SMALL)
 def test_onnx(name, dynamo, tmp_path):
     import onnxruntime
     # The exporter takes seconds for a hundred operations.
-    stages = 4 if name == 'gunn18' else 3
+    stages = len(SMALL[name]['channels'])
     model = randomise(small(name, channels=(8, 12, 16, 20)[:stages], segments=(2, 2, 1, 1)[:stages])).eval()
     path = str(tmp_path / 'model.onnx')
     axes = {0: 'b', 2: 'h', 3: 'w'}

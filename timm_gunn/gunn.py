@@ -218,8 +218,10 @@ class Gunn(nn.Module):
         self.init_weights()
 
     def _create_head(self, num_classes: int, global_pool: str, **dd) -> None:
+        # Without pooling there is a map to classify, position by position.
         self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd)
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=self.drop_rate, use_conv=not global_pool,
+            **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         _init_weights(self.head)
 
@@ -251,7 +253,13 @@ class Gunn(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier, and the pooling unless global_pool is None; '' removes the pooling."""
+        """Replace the classifier, and the pooling unless global_pool is None.
+
+        Args:
+            num_classes: Number of classes, 0 for none: features come out instead of logits.
+            global_pool: Type of pooling. With '' there is none, and the output is a map: (B, C, H, W) features, or the
+                logits (B, num_classes, H, W) of every position.
+        """
         self.num_classes = num_classes
         param = next(self.parameters())
         self._create_head(
@@ -349,9 +357,9 @@ def _init_weights(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, GunnLayer):
             child.reset_parameters()
-        elif isinstance(child, nn.Conv2d):
+        elif isinstance(child, nn.Conv2d) and child.bias is None:
             nn.init.kaiming_normal_(child.weight, mode='fan_out', nonlinearity='relu')
-        elif isinstance(child, nn.Linear):
+        elif isinstance(child, (nn.Linear, nn.Conv2d)):  # the classifier
             child.reset_parameters()
             nn.init.zeros_(child.bias)
         elif name == 'bn':
@@ -380,6 +388,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     missing = [k for k in model.state_dict() if k not in state_dict and k.startswith('stage') and 'tracked' not in k]
     if missing:
         _logger.warning(f'{len(missing)} tensors are not among the weights and stay as they are, {missing[0]} for one.')
+    classifier, own = state_dict.get('head.fc.weight'), model.state_dict().get('head.fc.weight')
+    if classifier is not None and own is not None and classifier.shape[:2] == own.shape[:2]:
+        state_dict['head.fc.weight'] = classifier.view(own.shape)  # a 1x1 convolution where there is no pooling
     return state_dict
 
 
