@@ -3,16 +3,17 @@
     pip install '.[downstream]'
     python examples/detect.py
     python examples/detect.py --models gunn18 --detectors retinanet --steps 2000 --device cuda
+    python examples/detect.py --tiny-imagenet tiny-imagenet-200 --device cuda   # four classes of it, or --wnids ...
 
 As detectors are trained: the backbone is pretrained as a classifier (here briefly, to say which objects a scene holds),
-its norms are frozen, and the whole is fine-tuned at batch size 2, on objects drawn on photographs (examples/shapes.py).
-Reports COCO's mean average precision on held-out scenes. Writes output/detect/results.csv, the backbones' weights, and
-a picture with boxes per detector.
+its norms are frozen, and the whole is fine-tuned at batch size 2, on objects drawn on photographs (examples/shapes.py),
+or on images and boxes of Tiny ImageNet. Reports COCO's mean average precision on held-out scenes. Writes
+output/detect/results.csv, the backbones' weights, and a picture with boxes per detector.
 """
 import argparse
 from collections import OrderedDict
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 import matplotlib.pyplot as plt
 import timm
@@ -21,7 +22,18 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from benchmark import machine
-from shapes import CLASSES, COLORS, Scene, add_arguments, check_arguments, draw_grid, fit, load_scenes, to_tensor
+from shapes import (
+    CLASSES,
+    COLORS,
+    Scene,
+    add_arguments,
+    check_arguments,
+    draw_grid,
+    fit,
+    load_scenes,
+    tiny_imagenet_scenes,
+    to_tensor,
+)
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -48,25 +60,27 @@ class TimmFPN(torch.nn.Module):
         return self.fpn(OrderedDict((str(i), fmap) for i, fmap in enumerate(self.body(x))))
 
 
-def build(detector: str, backbone: str, weights: Path, size: int) -> torch.nn.Module:
+def build(detector: str, backbone: str, weights: Path, args: argparse.Namespace) -> torch.nn.Module:
     retina = detector == 'retinanet'
-    # Objects are a fifth to two fifths of the scene, or less where partly hidden: anchors for all of that on each map.
-    anchors = AnchorGenerator((tuple(round(size * s) for s in (0.15, 0.22, 0.33)),) * 5, ((0.5, 1.0, 2.0),) * 5)
+    # Drawn objects are a fifth to two fifths of the scene, or less where partly hidden, those of Tiny ImageNet anything
+    # up to all of it: anchors for all of that on each map.
+    scales = (0.3, 0.55, 0.85) if args.tiny_imagenet else (0.15, 0.22, 0.33)
+    anchors = AnchorGenerator((tuple(round(args.size * s) for s in scales),) * 5, ((0.5, 1.0, 2.0),) * 5)
     # A scene holds four objects at most: 64 proposals of it do, torchvision's 512 take three times as long a step.
     options = dict(anchor_generator=anchors) if retina else dict(
         rpn_anchor_generator=anchors, box_batch_size_per_image=64)
     return (RetinaNet if retina else FasterRCNN)(
-        TimmFPN(backbone, weights, retina), len(CLASSES), min_size=size, max_size=size,
+        TimmFPN(backbone, weights, retina), len(args.classes), min_size=args.size, max_size=args.size,
         image_mean=[0.0] * 3, image_std=[1.0] * 3, **options)  # the scenes come normalised
 
 
 def pretrain(backbone: str, path: Path, scenes: List[Scene], args: argparse.Namespace) -> None:
     """Train a classifier to say which objects a scene holds; write its weights."""
     torch.manual_seed(args.seed)
-    model = timm.create_model(backbone, num_classes=len(CLASSES) - 1)
+    model = timm.create_model(backbone, num_classes=len(args.classes) - 1)
     model.to(args.device, memory_format=torch.channels_last)
     images = torch.stack([to_tensor(s.image) for s in scenes])
-    present = torch.stack([F.one_hot(torch.from_numpy(s.labels), len(CLASSES)).sum(0)[1:] > 0 for s in scenes])
+    present = torch.stack([F.one_hot(torch.from_numpy(s.labels), len(args.classes)).sum(0)[1:] > 0 for s in scenes])
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         logits = model(images[batch].to(args.device, memory_format=torch.channels_last))
@@ -106,19 +120,24 @@ def average_precision(found: List[Dict[str, torch.Tensor]], scenes: List[Scene])
     return {name: 100 * result[key].item() for name, key in (('ap', 'map'), ('ap50', 'map_50'), ('ap75', 'map_75'))}
 
 
-def draw(path: Path, scenes: List[Scene], predictions: Dict[str, List[Dict[str, torch.Tensor]]]) -> None:
+def draw(
+        path: Path,
+        scenes: List[Scene],
+        predictions: Dict[str, List[Dict[str, torch.Tensor]]],
+        classes: Sequence[str],
+) -> None:
     """Boxes that are scored 0.5 or more, below the truth."""
     def paint(found: List[Dict[str, torch.Tensor]]) -> Callable[[plt.Axes, int], None]:
         def fill(ax: plt.Axes, i: int) -> None:
             ax.imshow(scenes[i].image)
             for (x1, y1, x2, y2), label in zip(found[i]['boxes'].tolist(), found[i]['labels'], strict=True):
-                ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=COLORS[label]))
+                ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=COLORS[(label - 1) % 4 + 1]))
         return fill
 
     rows = {'truth': paint([target(s, 'cpu') for s in scenes])}
     for name, found in predictions.items():
         rows[name] = paint([{k: v[f['scores'] >= 0.5] for k, v in f.items()} for f in found])
-    draw_grid(path, scenes, rows, legend=True)
+    draw_grid(path, scenes, rows, legend=classes)
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -128,17 +147,37 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--detectors', nargs='+', default=['faster_rcnn', 'retinanet'],
                         choices=['faster_rcnn', 'retinanet'])
     parser.add_argument('--pretrain-steps', type=int, default=200)
+    parser.add_argument('--tiny-imagenet', type=Path, metavar='DIR',
+                        help='folder tiny-imagenet-200: its images and boxes in place of drawn scenes')
+    parser.add_argument('--wnids', nargs='+', help='classes of Tiny ImageNet (default: the first four of wnids.txt)')
     add_arguments(parser, size=96, steps=400, lr=2e-4, output='output/detect')
     args = parser.parse_args(argv)
     check_arguments(parser, args, args.models, batch_size=8)
     if args.pretrain_steps < 1:
         parser.error(f'expected --pretrain-steps >= 1, got {args.pretrain_steps}')
+    args.classes = CLASSES
+    if args.tiny_imagenet:
+        try:
+            known = (args.tiny_imagenet / 'wnids.txt').read_text().split()
+        except OSError as e:
+            parser.error(f'expected --tiny-imagenet to be the folder tiny-imagenet-200: {e}')
+        args.wnids = args.wnids or known[:4]
+        if unknown := [wnid for wnid in args.wnids if wnid not in known]:
+            parser.error(f'expected --wnids among those of {args.tiny_imagenet / "wnids.txt"}, got {unknown[0]}')
+        args.classes = ('background', *args.wnids)
     return args
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    scenes, held_out = load_scenes(args)
+    if args.tiny_imagenet:
+        scenes, held_out = (
+            tiny_imagenet_scenes(args.tiny_imagenet, args.wnids, n, args.size, held, args.seed)
+            for n, held in ((args.train_scenes, False), (args.held_out, True)))
+    else:
+        scenes, held_out = load_scenes(args)
+    if len(scenes) < 8 or not held_out:
+        raise SystemExit(f'expected at least 8 training images and 1 held out, got {len(scenes)} and {len(held_out)}')
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         pretrain(name, args.output / f'{name}.safetensors', scenes, args)
@@ -149,7 +188,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         predictions = {}
         for name in args.models:
             torch.manual_seed(args.seed)
-            model = build(detector, name, args.output / f'{name}.safetensors', args.size).to(args.device)
+            model = build(detector, name, args.output / f'{name}.safetensors', args).to(args.device)
             minutes = train(model, scenes, args)
             found = predict(model, held_out, args)
             aps = average_precision(found, held_out)
@@ -157,11 +196,11 @@ def main(argv: Optional[List[str]] = None) -> None:
                   flush=True)
             predictions[name] = found[:8]
             rows.append(dict(
-                detector=detector, backbone=name, **aps, pretrain_steps=args.pretrain_steps, steps=args.steps,
-                batch_size=2, size=args.size, seed=args.seed, minutes=minutes, torchvision=torchvision.__version__,
-                **machine(args)))
+                detector=detector, backbone=name, **aps, data='Tiny ImageNet' if args.tiny_imagenet else 'drawn',
+                pretrain_steps=args.pretrain_steps, steps=args.steps, batch_size=2, size=args.size, seed=args.seed,
+                minutes=minutes, torchvision=torchvision.__version__, **machine(args)))
             write_csv(args.output / 'results.csv', rows)  # after each, so that nothing is lost
-        draw(args.output / f'{detector}.png', held_out[:8], predictions)
+        draw(args.output / f'{detector}.png', held_out[:8], predictions, args.classes)
 
 
 if __name__ == '__main__':

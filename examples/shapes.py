@@ -11,7 +11,7 @@ import math
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import matplotlib
 
@@ -100,6 +100,41 @@ def make_scenes(n: int, size: int, held_out: bool, seed: int = 0) -> List[Scene]
     return [make_scene(rng, size, held_out) for _ in range(n)]
 
 
+def tiny_imagenet_boxes(folder: Path, wnids: List[str], held_out: bool) -> List[Tuple[Path, int, List[float]]]:
+    """(image, class from 1, x1 y1 x2 y2) of the classes: val/ if held out, train/ otherwise. 64 pixels a side.
+
+    Raises:
+        FileNotFoundError: If the folder is not a Tiny ImageNet as it is distributed.
+    """
+    found = []
+    if held_out:
+        for line in (folder / 'val' / 'val_annotations.txt').read_text().splitlines():
+            name, wnid, *box = line.split('\t')
+            if wnid in wnids:
+                found.append((folder / 'val' / 'images' / name, wnids.index(wnid) + 1, box))
+    else:
+        for label, wnid in enumerate(wnids, 1):
+            for line in (folder / 'train' / wnid / f'{wnid}_boxes.txt').read_text().splitlines():
+                name, *box = line.split('\t')
+                found.append((folder / 'train' / wnid / 'images' / name, label, box))
+    # The last column and row belong to the box in these files.
+    return [(path, label, [float(a) + i // 2 for i, a in enumerate(box)]) for path, label, box in found]
+
+
+def tiny_imagenet_scenes(
+        folder: Path, wnids: List[str], n: int, size: int, held_out: bool, seed: int = 0) -> List[Scene]:
+    """As many images of these classes as there are, n at most, brought to size x size pixels; the masks are empty."""
+    found = tiny_imagenet_boxes(folder, wnids, held_out)
+    scenes = []
+    for i in np.random.default_rng(seed).permutation(len(found))[:n]:
+        path, label, box = found[i]
+        with Image.open(path) as image:
+            pixels = np.array(image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC))
+        scenes.append(Scene(pixels, np.zeros((size, size), np.uint8), np.asarray([box], np.float32) * (size / 64),
+                            np.asarray([label])))
+    return scenes
+
+
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(3, H, W), float32, normalised with timm's ImageNet statistics."""
     mean, std = (torch.tensor(t)[:, None, None] for t in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -173,7 +208,7 @@ def draw_grid(
         path: Path,
         scenes: List[Scene],
         rows: Dict[str, Callable[[plt.Axes, int], None]],
-        legend: bool = False,
+        legend: Sequence[str] = (),
 ) -> None:
     """A picture with a column per scene and a row per name, filled by rows[name](axes, number of the scene)."""
     fig, axes = plt.subplots(
@@ -184,8 +219,8 @@ def draw_grid(
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
     if legend:
-        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(COLORS, CLASSES, strict=True)]
-        fig.legend(handles=lines[1:], ncols=len(CLASSES) - 1, loc='upper center', fontsize='small')
+        lines = [plt.Line2D([], [], color=COLORS[i % 4 + 1], label=name) for i, name in enumerate(legend[1:])]
+        fig.legend(handles=lines, ncols=len(lines), loc='upper center', fontsize='small')
     fig.tight_layout(pad=0.3, rect=(0, 0, 1, 0.95) if legend else None)
     with replacing(path) as part:
         fig.savefig(part, dpi=80, format='png')
