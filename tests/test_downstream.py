@@ -1,9 +1,11 @@
 """GUNN in other people's code: the libraries of the extra `downstream`, and the examples that use them."""
+import argparse
 import copy
 import csv
 import logging
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import timm
 import timm.layers
 import torch
+from matplotlib import cbook
 from packaging.version import Version
 from PIL import Image
 from reference import randomise
@@ -118,6 +121,45 @@ def test_segment(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def stated(example):
+    """Rows of the runs whose tables the README has."""
+    with open(EXAMPLES / 'results' / f'{example}.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize(('example', 'columns'), [
+    ('segment', ('miou', *shapes.CLASSES, 'minutes')), ('detect', ('ap', 'ap50', 'ap75', 'minutes'))])
+def test_tables_in_the_readme(example, columns):
+    readme = (EXAMPLES.parent / 'README.md').read_text()
+    rows = stated(example)
+    column, whats = dict(
+        segment=('architecture', ('Unet', 'DeepLabV3Plus')), detect=('detector', ('faster_rcnn', 'retinanet')))[example]
+    assert [(row[column], row['backbone']) for row in rows] == list(product(whats, ('gunn18', 'sunn18', 'resnet50')))
+    for row in rows:
+        what = row[column]
+        numbers = ' | '.join(f'{float(row[c]):.1f}' for c in columns)
+        assert f'\n| {what} | `{row["backbone"]}` | {numbers} |\n' in readme
+
+
+@pytest.mark.slow  # a training of several minutes each
+@pytest.mark.parametrize('example', ['segment', 'detect'])
+def test_stated_results(example, tmp_path):
+    """The first row of the README's table by its options, to five points: another machine rounds otherwise."""
+    library('segmentation_models_pytorch')
+    library('torchmetrics')
+    import detect
+    import segment
+    row, metric = stated(example)[0], dict(segment='miou', detect='ap')[example]
+    what = ['--archs', row['architecture']] if example == 'segment' else ['--detectors', row['detector']]
+    if example == 'detect':
+        what += ['--pretrain-steps', row['pretrain_steps']]
+    dict(segment=segment, detect=detect)[example].main(
+        ['--models', row['backbone'], *what, '--steps', row['steps'], '--size', row['size'], '--seed', row['seed'],
+         '--device', 'cpu', '--output', str(tmp_path)])
+    with open(tmp_path / 'results.csv', newline='') as f:
+        assert float(next(csv.DictReader(f))[metric]) >= float(row[metric]) - 5
+
+
 def test_intersection_over_union():
     """Against its definition."""
     scenes = shapes.make_scenes(4, 64, held_out=True)
@@ -147,6 +189,10 @@ def test_torchvision_fpn_on_the_whole_network(name):
     assert [tuple(y.shape[-2:]) for y in fpn(x).values()] == [(19, 24), (10, 12), (5, 6), (3, 3), (2, 2)]
 
 
+def detect_args(size):
+    return argparse.Namespace(size=size, classes=shapes.CLASSES, tiny_imagenet=None)
+
+
 @pytest.mark.parametrize('detector', ['faster_rcnn', 'retinanet'])
 def test_torchvision_detectors(detector, tmp_path):
     """A step at batch size 2 with frozen norms, from a checkpoint as timm's train.py leaves it."""
@@ -154,7 +200,7 @@ def test_torchvision_detectors(detector, tmp_path):
     from detect import build, target
     source = randomised('gunn18', num_classes=4)
     torch.save(dict(state_dict={f'module.{k}': v for k, v in source.state_dict().items()}), tmp_path / 'last.pth.tar')
-    model = build(detector, 'gunn18', tmp_path / 'last.pth.tar', 64)
+    model = build(detector, 'gunn18', tmp_path / 'last.pth.tar', detect_args(64))
     body = model.backbone.body
     assert not [m for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     state = source.state_dict()
@@ -166,6 +212,22 @@ def test_torchvision_detectors(detector, tmp_path):
     assert_close(dict(body.named_buffers()), before, rtol=0, atol=0)
     found = model.eval()([shapes.to_tensor(s.image) for s in scenes])
     assert all(set(f) == {'boxes', 'labels', 'scores'} for f in found)
+
+
+@pytest.mark.parametrize('detector', ['faster_rcnn', 'retinanet'])
+def test_anchors_of_the_detectors(detector, tmp_path):
+    """Nearly every object has one that overlaps it by half or more, RetinaNet's bar for a positive one."""
+    library('torchmetrics')
+    from detect import build
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.ops import box_iou
+    torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'weights.pth')
+    model = build(detector, 'resnet18', tmp_path / 'weights.pth', detect_args(96)).eval()
+    x = torch.zeros(1, 3, 96, 96)
+    generator = model.anchor_generator if detector == 'retinanet' else model.rpn.anchor_generator
+    anchors, = generator(ImageList(x, [(96, 96)]), list(model.backbone(x).values()))
+    boxes = torch.cat([torch.from_numpy(s.boxes) for s in shapes.make_scenes(200, 96, held_out=False)])
+    assert (box_iou(boxes, anchors).amax(1) >= 0.5).float().mean() > 0.98
 
 
 def test_average_precision():
@@ -205,6 +267,65 @@ def test_detect(tmp_path, capsys):
                              (['--pretrain-steps', '0'], 'expected --pretrain-steps >= 1, got 0')):
         with pytest.raises(SystemExit):
             detect.main(options)
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Five training images and two others of each of three classes, white with a black box."""
+    root = tmp_path / 'tiny-imagenet-200'
+    (root / 'val' / 'images').mkdir(parents=True)
+    (root / 'wnids.txt').write_text('n2\nn1\nn3\n')
+    rng, val = np.random.default_rng(0), []
+    for wnid in ('n1', 'n2', 'n3'):
+        (root / 'train' / wnid / 'images').mkdir(parents=True)
+        lines = []
+        for i in range(7):
+            x1, y1 = rng.integers(30, size=2)
+            x2, y2 = x1 + rng.integers(20, 30), y1 + rng.integers(20, 30)
+            pixels = np.full((64, 64, 3), 255, np.uint8)
+            pixels[y1:y2 + 1, x1:x2 + 1] = 0
+            training = i < 5
+            name = f'{wnid}_{i}.JPEG' if training else f'val_{wnid}{i}.JPEG'
+            Image.fromarray(pixels).save(root / ('train/' + wnid if training else 'val') / 'images' / name, quality=95)
+            box = f'{x1}\t{y1}\t{x2}\t{y2}'
+            lines.append(f'{name}\t{box}') if training else val.append(f'{name}\t{wnid}\t{box}')
+        (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('\n'.join(lines) + '\n')
+    (root / 'val' / 'val_annotations.txt').write_text('\n'.join(val) + '\n')
+    return root
+
+
+def test_tiny_imagenet_boxes(tiny_imagenet):
+    for held_out, names in ((False, [f'n{c}_{i}' for c in (2, 3) for i in range(5)]),
+                            (True, [f'val_n{c}{i}' for c in (2, 3) for i in (5, 6)])):
+        found = shapes.tiny_imagenet_boxes(tiny_imagenet, ['n2', 'n3'], held_out)
+        assert [(path.stem, label) for path, label, _ in found] == [(n, 1 if 'n2' in n else 2) for n in names]
+    scenes = shapes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 99, 128, held_out=False)
+    assert sorted(s.labels.item() for s in scenes) == [1] * 5 + [2] * 5
+    for scene in scenes:
+        assert scene.image.shape == (128, 128, 3)
+        rows, columns = np.nonzero(scene.image.mean(2) < 128)
+        expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(scene.boxes - expected).max() <= 1
+    assert len(shapes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 3, 64, held_out=True)) == 3
+
+
+def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
+    library('torchmetrics')
+    library('pycocotools')
+    import detect
+    options = ['--models', 'resnet18', '--detectors', 'faster_rcnn', '--pretrain-steps', '1', '--steps', '1', '--size',
+               '64', '--device', 'cpu', '--output', str(tmp_path / 'out'), '--tiny-imagenet', str(tiny_imagenet)]
+    detect.main(options)
+    with open(tmp_path / 'out' / 'results.csv', newline='') as f:
+        row, = csv.DictReader(f)
+    assert row['data'] == 'Tiny ImageNet'
+    assert (tmp_path / 'out' / 'faster_rcnn.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(SystemExit, match='got 5 and 2'):
+        detect.main([*options, '--wnids', 'n3'])
+    for changed, message in ((['--wnids', 'n4'], 'got n4'), (['--tiny-imagenet', str(tmp_path)], 'wnids.txt')):
+        with pytest.raises(SystemExit):
+            detect.main([*options, *changed])
         assert message in capsys.readouterr().err
 
 
@@ -321,13 +442,24 @@ def test_scenes():
             for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):  # the box is tight
                 assert edge.any()
     assert {label for scene in scenes for label in scene.labels} == {1, 2, 3, 4}
-    assert not np.array_equal(scenes[0].image, shapes.make_scenes(1, 64, held_out=True, seed=3)[0].image)
-    for left, right, whole in zip(shapes.photographs(False), shapes.photographs(True), load_sample_images().images,
-                                  strict=False):
-        assert np.array_equal(np.concatenate([left, right], 1), whole)  # no pixel is in both
     assert [len(b) for b in shapes.batches(10, 4, 5)] == [4] * 5
     first = torch.cat(list(shapes.batches(8, 4, 2)))
     assert first.sort().values.tolist() == list(range(8))
+
+
+def test_held_out_scenes_show_nothing_of_the_training_scenes(monkeypatch):
+    with cbook.get_sample_data('grace_hopper.jpg') as f:
+        wholes = [*load_sample_images().images, np.asarray(Image.open(f).convert('RGB'))]
+    for left, right, whole in zip(shapes.photographs(False), shapes.photographs(True), wholes, strict=True):
+        assert np.array_equal(np.concatenate([left, right], 1), whole)  # no pixel is in both
+    # Behind objects and, by half, in them is what photographs(held_out) gives and nothing else.
+    monkeypatch.setattr(shapes, 'photographs', lambda held_out: [np.full((99, 99, 3), 40 + 170 * held_out, np.uint8)])
+    for held_out, level in ((False, 40), (True, 210)):
+        for scene in shapes.make_scenes(20, 64, held_out):
+            assert (scene.image[scene.mask == 0] == level).all()
+            objects = scene.image[scene.mask > 0]
+            assert (objects >= level // 2).all()
+            assert (objects <= level // 2 + 128).all()
 
 
 @pytest.fixture
@@ -380,8 +512,9 @@ def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     """Of any number of classes, that of the model's config included; layers nearer to the input get smaller rates."""
     source = timm.create_model('gunn15', num_classes=classes)
     torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
-    mixed = []
-    monkeypatch.setattr(finetune.timm.data.Mixup, '_mix_batch', lambda self, x: mixed.append(len(x)) or 1.0)
+    mixed, params = [], finetune.timm.data.Mixup._params_per_batch
+    monkeypatch.setattr(
+        finetune.timm.data.Mixup, '_params_per_batch', lambda self: mixed.append(params(self)) or mixed[-1])
     seen = finetuned(
         folder, monkeypatch, '--checkpoint', str(folder / 'last.pth.tar'), '--epochs', '1', '--batch-size', '16',
         '--mixup', mixup, '--output', str(folder / 'weights.safetensors'))
@@ -390,7 +523,8 @@ def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     scales = sorted({group['lr_scale'] for group in seen['optimizer'].param_groups})
     assert scales == pytest.approx([0.75 ** i for i in reversed(range(len(scales)))])
     assert len(scales) >= 7  # stem, three transitions, three layers
-    assert mixed == [16, 16]
+    assert len(mixed) == 2
+    assert all((share < 1) == (mixup != '0') for share, _ in mixed)
 
 
 def test_finetune_says_what_is_wrong(folder, capsys):
