@@ -43,9 +43,9 @@ def finetune(args: argparse.Namespace) -> float:
     classes = len(names)
     overlay = {'file': str(args.checkpoint)} if args.checkpoint else {}
     overlay['num_classes'] = -1  # that of no model: the classifier is always a new one
+    pretrained = bool(args.checkpoint) or timm.is_model_pretrained(args.model)
     model = timm.create_model(
-        args.model, pretrained=bool(args.checkpoint) or timm.is_model_pretrained(args.model),
-        pretrained_cfg_overlay=overlay, num_classes=classes, drop_rate=0.1)
+        args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=classes, drop_rate=0.1)
     model.to(device, memory_format=torch.channels_last)
     config = timm.data.resolve_data_config({'img_size': args.img_size}, model=model)
     options = {k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
@@ -56,9 +56,10 @@ def finetune(args: argparse.Namespace) -> float:
     # Without mixup (alpha 0) it still smooths the labels.
     mixup = timm.data.Mixup(args.mixup or 1.0, prob=float(args.mixup > 0), label_smoothing=0.1, num_classes=classes)
     loss_fn = timm.loss.SoftTargetCrossEntropy()
-    # Layers get smaller rates the nearer they are to the input, by the groups of the model's group_matcher().
+    # Layers get smaller rates the nearer they are to the input, by the groups of the model's group_matcher(). Without
+    # weights to start from there is nothing in them to keep.
     optimizer = timm.optim.create_optimizer_v2(
-        model, opt='adamw', lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay)
+        model, opt='adamw', lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay if pretrained else None)
     steps = len(train)
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=min(1, args.epochs - 1), warmup_lr=1e-6,
@@ -93,7 +94,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--epochs', type=int, default=5)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3, help='of the classifier')
-    parser.add_argument('--layer-decay', type=float, default=0.75, help='of the learning rate, per layer downwards')
+    parser.add_argument('--layer-decay', type=float, default=0.75,
+                        help='of the learning rate, per layer downwards, if the model has weights to start from')
     parser.add_argument('--mixup', type=float, default=0.2, help='alpha, 0 for none')
     parser.add_argument('--ema', type=float, default=0.998, help='decay of the averaged weights')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')

@@ -527,6 +527,31 @@ def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     assert all((share < 1) == (mixup != '0') for share, _ in mixed)
 
 
+@pytest.mark.parametrize('checkpoint', [True, False])
+def test_finetune_gunn18(folder, monkeypatch, checkpoint):
+    """Ten layers from stem to classifier for the decay; the rates of a network without weights are all the same."""
+    source = timm.create_model('gunn18')
+    torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
+    seen = finetuned(
+        folder, monkeypatch, '--model', 'gunn18', '--img-size', '32', '--epochs', '1', '--batch-size', '16',
+        '--output', str(folder / 'weights.safetensors'), *['--checkpoint', str(folder / 'last.pth.tar')] * checkpoint)
+    scales = {}
+    names = {id(p): name for name, p in seen['model'].named_parameters()}
+    for group in seen['optimizer'].param_groups:
+        scales.update({names[id(p)]: group.get('lr_scale', 1) for p in group['params']})
+    assert scales.keys() == set(names.values())
+    if not checkpoint:
+        assert set(scales.values()) == {1}
+        return
+    state = source.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in seen['before'].items() if not k.startswith('head'))
+    ends = {'stem': 0, 'head': 9}  # a stage is two layers: its transition and its GUNN layer
+    for name, scale in scales.items():
+        place, part = name.split('.')[:2]
+        depth = ends[place] if place in ends else 2 * int(place[-1]) - 1 + (part == 'layer')
+        assert scale == pytest.approx(0.75 ** (9 - depth)), name
+
+
 def test_finetune_says_what_is_wrong(folder, capsys):
     data = str(folder / 'data')
     for options, message in (

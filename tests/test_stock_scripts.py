@@ -5,6 +5,7 @@
 
 A script in a checkout imports the timm of that checkout, not the installed one.
 """
+import argparse
 import csv
 import math
 import os
@@ -173,7 +174,8 @@ def test_checkpoint_as_a_backbone(checkpoints):
     path = checkpoints / 'last.pth.tar'
     overlay = dict(file=str(path), num_classes=2)
     model = timm.create_model('gunn15', features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
-    state = torch.load(path, map_location='cpu', weights_only=False)['state_dict_ema']
+    with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
+        state = torch.load(path, map_location='cpu', weights_only=True)['state_dict_ema']
     assert model.state_dict().keys() == {k for k in state if k.startswith(('stem', 'stage'))}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
