@@ -30,6 +30,7 @@ from shapes import (
     check_arguments,
     draw_grid,
     fit,
+    images_of,
     load_scenes,
     tiny_imagenet_scenes,
     to_tensor,
@@ -40,6 +41,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from train_cifar import save_weights, write_csv
+
+STEPS = dict(faster_rcnn=400, retinanet=1200)  # the latter begins slowly
 
 
 class TimmFPN(torch.nn.Module):
@@ -79,7 +82,7 @@ def pretrain(backbone: str, path: Path, scenes: List[Scene], args: argparse.Name
     torch.manual_seed(args.seed)
     model = timm.create_model(backbone, num_classes=len(args.classes) - 1)
     model.to(args.device, memory_format=torch.channels_last)
-    images = torch.stack([to_tensor(s.image) for s in scenes])
+    images = images_of(scenes)
     present = torch.stack([F.one_hot(torch.from_numpy(s.labels), len(args.classes)).sum(0)[1:] > 0 for s in scenes])
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,7 @@ def target(scene: Scene, device: str) -> Dict[str, torch.Tensor]:
     return dict(boxes=torch.from_numpy(scene.boxes).to(device), labels=torch.from_numpy(scene.labels).to(device))
 
 
-def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> float:
+def train(model: torch.nn.Module, scenes: List[Scene], steps: int, args: argparse.Namespace) -> float:
     """Fine-tune at batch size 2; returns minutes."""
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         chosen = [scenes[i] for i in batch]
@@ -102,7 +105,7 @@ def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace)
             [to_tensor(s.image).to(args.device) for s in chosen], [target(s, args.device) for s in chosen])
         return sum(losses.values())
 
-    return fit(model, loss_of, len(scenes), 2, args.steps, args.lr, args.seed, clip=10.0)
+    return fit(model, loss_of, len(scenes), 2, steps, args.lr, args.seed, clip=10.0)
 
 
 @torch.no_grad()
@@ -150,7 +153,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--tiny-imagenet', type=Path, metavar='DIR',
                         help='folder tiny-imagenet-200: its images and boxes in place of drawn scenes')
     parser.add_argument('--wnids', nargs='+', help='classes of Tiny ImageNet (default: the first four of wnids.txt)')
-    add_arguments(parser, size=96, steps=400, lr=2e-4, output='output/detect')
+    add_arguments(parser, size=96, steps=STEPS, lr=2e-4, output='output/detect')
     args = parser.parse_args(argv)
     check_arguments(parser, args, args.models, batch_size=8)
     if args.pretrain_steps < 1:
@@ -162,18 +165,23 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         except OSError as e:
             parser.error(f'expected --tiny-imagenet to be the folder tiny-imagenet-200: {e}')
         args.wnids = args.wnids or known[:4]
-        if unknown := [wnid for wnid in args.wnids if wnid not in known]:
-            parser.error(f'expected --wnids among those of {args.tiny_imagenet / "wnids.txt"}, got {unknown[0]}')
+        if not args.wnids or {*args.wnids} - {*known} or len({*args.wnids}) < len(args.wnids):
+            parser.error(f'expected different --wnids out of {args.tiny_imagenet / "wnids.txt"}, got {args.wnids}')
         args.classes = ('background', *args.wnids)
+    elif args.wnids:
+        parser.error('--wnids needs --tiny-imagenet')
     return args
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     if args.tiny_imagenet:
-        scenes, held_out = (
-            tiny_imagenet_scenes(args.tiny_imagenet, args.wnids, n, args.size, held, args.seed)
-            for n, held in ((args.train_scenes, False), (args.held_out, True)))
+        try:
+            scenes, held_out = (
+                tiny_imagenet_scenes(args.tiny_imagenet, args.wnids, n, args.size, held, args.seed)
+                for n, held in ((args.train_scenes, False), (args.held_out, True)))
+        except OSError as e:
+            raise SystemExit(f'expected --tiny-imagenet to be the folder tiny-imagenet-200: {e}') from e
     else:
         scenes, held_out = load_scenes(args)
     if len(scenes) < 8 or not held_out:
@@ -189,7 +197,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         for name in args.models:
             torch.manual_seed(args.seed)
             model = build(detector, name, args.output / f'{name}.safetensors', args).to(args.device)
-            minutes = train(model, scenes, args)
+            steps = STEPS[detector] if args.steps is STEPS else args.steps
+            minutes = train(model, scenes, steps, args)
             found = predict(model, held_out, args)
             aps = average_precision(found, held_out)
             print(f'| {detector} | `{name}` | {" | ".join(f"{ap:.1f}" for ap in aps.values())} | {minutes:.1f} |',
@@ -197,7 +206,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             predictions[name] = found[:8]
             rows.append(dict(
                 detector=detector, backbone=name, **aps, data='Tiny ImageNet' if args.tiny_imagenet else 'drawn',
-                pretrain_steps=args.pretrain_steps, steps=args.steps, batch_size=2, size=args.size, seed=args.seed,
+                pretrain_steps=args.pretrain_steps, steps=steps, batch_size=2, size=args.size, seed=args.seed,
                 minutes=minutes, torchvision=torchvision.__version__, **machine(args)))
             write_csv(args.output / 'results.csv', rows)  # after each, so that nothing is lost
         draw(args.output / f'{detector}.png', held_out[:8], predictions, args.classes)

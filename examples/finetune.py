@@ -13,12 +13,26 @@ from typing import List, Optional
 import timm
 import timm.data
 import timm.loss
+import timm.models
 import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
 from tqdm import tqdm
 from train_cifar import save_weights
+
+
+def load_all_but_classifier(model: torch.nn.Module, path: Path) -> None:
+    """Load a checkpoint of the same network with any number of classes; SystemExit for that of another."""
+    head = model.pretrained_cfg['classifier']
+    try:
+        keys = timm.models.load_checkpoint(
+            model, str(path), strict=False,
+            filter_fn=lambda state, _: {k: v for k, v in state.items() if not k.startswith(head)})
+    except RuntimeError as e:
+        raise SystemExit(f'expected the weights of a network like this one in {path}: {e}') from e
+    if missing := [k for k in keys.missing_keys if not k.startswith(head)]:
+        raise SystemExit(f'expected the weights of a network like this one in {path}, got none for {missing[0]}')
 
 
 @torch.no_grad()
@@ -41,11 +55,10 @@ def finetune(args: argparse.Namespace) -> float:
     if len(train) < args.batch_size:
         raise SystemExit(f'expected at least one batch of {args.batch_size} training images, got {len(train)}')
     classes = len(names)
-    overlay = {'file': str(args.checkpoint)} if args.checkpoint else {}
-    overlay['num_classes'] = -1  # that of no model: the classifier is always a new one
-    pretrained = bool(args.checkpoint) or timm.is_model_pretrained(args.model)
-    model = timm.create_model(
-        args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=classes, drop_rate=0.1)
+    pretrained = not args.checkpoint and timm.is_model_pretrained(args.model)
+    model = timm.create_model(args.model, pretrained=pretrained, num_classes=classes, drop_rate=0.1)
+    if args.checkpoint:
+        load_all_but_classifier(model, args.checkpoint)
     model.to(device, memory_format=torch.channels_last)
     config = timm.data.resolve_data_config({'img_size': args.img_size}, model=model)
     options = {k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
@@ -59,7 +72,8 @@ def finetune(args: argparse.Namespace) -> float:
     # Layers get smaller rates the nearer they are to the input, by the groups of the model's group_matcher(). Without
     # weights to start from there is nothing in them to keep.
     optimizer = timm.optim.create_optimizer_v2(
-        model, opt='adamw', lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay if pretrained else None)
+        model, opt='adamw', lr=args.lr, weight_decay=0.05,
+        layer_decay=args.layer_decay if pretrained or args.checkpoint else None)
     steps = len(train)
     schedule, _ = timm.scheduler.create_scheduler_v2(
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=min(1, args.epochs - 1), warmup_lr=1e-6,
@@ -111,9 +125,11 @@ def main(argv: Optional[List[str]] = None) -> None:
             parser.error(f'expected a folder {folder} with a subfolder of images per class; there is none')
     if args.checkpoint and not args.checkpoint.is_file():
         parser.error(f'expected a checkpoint, got {args.checkpoint}')
-    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2 or args.mixup < 0:
-        parser.error('expected --epochs >= 1, an even --batch-size and --mixup >= 0, got '
-                     f'{args.epochs}, {args.batch_size} and {args.mixup}')
+    if args.epochs < 1 or args.batch_size < 2 or args.batch_size % 2 or args.mixup < 0 or not args.lr > 0:
+        parser.error('expected --epochs >= 1, an even --batch-size, --mixup >= 0 and --lr > 0, got '
+                     f'{args.epochs}, {args.batch_size}, {args.mixup} and {args.lr}')
+    if args.img_size is not None and args.img_size < 16:
+        parser.error(f'expected --img-size of 16 or more, got {args.img_size}')
     if args.output.suffix != '.safetensors':
         parser.error(f'expected an --output that ends in .safetensors, got {args.output}')
     finetune(args)

@@ -28,9 +28,11 @@ from shapes import (
     check_arguments,
     draw_grid,
     fit,
+    images_of,
     intersection_over_union,
     load_scenes,
-    to_tensor,
+    masks_of,
+    predict_masks,
 )
 from train_cifar import write_csv
 
@@ -46,8 +48,8 @@ def build(arch: str, backbone: str) -> torch.nn.Module:
 
 def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> float:
     """Train by cross entropy and Dice loss; returns minutes."""
-    images = torch.stack([to_tensor(s.image) for s in scenes]).to(args.device, memory_format=torch.channels_last)
-    masks = torch.stack([torch.from_numpy(s.mask).long() for s in scenes]).to(args.device)
+    images = images_of(scenes).to(args.device, memory_format=torch.channels_last)
+    masks = masks_of(scenes).to(args.device)
     dice = smp.losses.DiceLoss('multiclass')
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
@@ -55,15 +57,6 @@ def train(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace)
         return F.cross_entropy(logits, masks[batch]) + dice(logits, masks[batch])
 
     return fit(model, loss_of, len(scenes), args.batch_size, args.steps, args.lr, args.seed)
-
-
-@torch.no_grad()
-def predict(model: torch.nn.Module, scenes: List[Scene], args: argparse.Namespace) -> torch.Tensor:
-    """Classes (n, H, W)."""
-    model.eval()
-    images = torch.stack([to_tensor(s.image) for s in scenes])
-    return torch.cat([
-        model(b.to(args.device, memory_format=torch.channels_last)).argmax(1).cpu() for b in images.split(16)])
 
 
 def draw(path: Path, scenes: List[Scene], predictions: Dict[str, torch.Tensor]) -> None:
@@ -104,7 +97,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             torch.manual_seed(args.seed)
             model = build(arch, name).to(args.device, memory_format=torch.channels_last)
             minutes = train(model, scenes, args)
-            predicted = predict(model, held_out, args)
+            predicted = predict_masks(model.eval(), held_out, args.device)
             ious = [100 * iou for iou in intersection_over_union(predicted, held_out)]
             mean = float(np.nanmean(ious))
             print(f'| {arch} | `{name}` | {mean:.1f} | {" | ".join(f"{i:.1f}" for i in ious)} | {minutes:.1f} |',

@@ -11,7 +11,7 @@ import math
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import matplotlib
 
@@ -141,6 +141,25 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
 
 
+def images_of(scenes: Sequence[Scene]) -> torch.Tensor:
+    """(n, 3, H, W), as to_tensor gives them."""
+    return torch.stack([to_tensor(s.image) for s in scenes])
+
+
+def masks_of(scenes: Sequence[Scene]) -> torch.Tensor:
+    """(n, H, W), int64."""
+    return torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
+
+
+@torch.no_grad()
+def predict_masks(
+        logits_of: Callable[[torch.Tensor], torch.Tensor], scenes: Sequence[Scene], device: str) -> torch.Tensor:
+    """Classes (n, H, W), from what gives logits (B, classes, H, W) of images."""
+    return torch.cat([
+        logits_of(images.to(device, memory_format=torch.channels_last)).argmax(1).cpu()
+        for images in images_of(scenes).split(16)])
+
+
 def load_scenes(args: argparse.Namespace) -> Tuple[List[Scene], List[Scene]]:
     """Training scenes and held-out scenes."""
     return (make_scenes(args.train_scenes, args.size, held_out=False, seed=args.seed),
@@ -197,9 +216,8 @@ def fit(
 
 def intersection_over_union(predicted: torch.Tensor, scenes: List[Scene]) -> List[float]:
     """Of each class, over the pixels of all scenes together; NaN for a class that is neither there nor predicted."""
-    truth = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
     n = len(CLASSES)
-    confusion = torch.bincount((truth * n + predicted).flatten(), minlength=n * n).view(n, n).double()
+    confusion = torch.bincount((masks_of(scenes) * n + predicted).flatten(), minlength=n * n).view(n, n).double()
     both = confusion.diagonal()
     return (both / (confusion.sum(0) + confusion.sum(1) - both)).tolist()
 
@@ -227,10 +245,11 @@ def draw_grid(
     plt.close(fig)
 
 
-def add_arguments(parser: argparse.ArgumentParser, size: int, steps: int, lr: float, output: str) -> None:
-    """Options that the examples on scenes have in common."""
+def add_arguments(
+        parser: argparse.ArgumentParser, size: int, steps: Union[int, Dict[str, int]], lr: float, output: str) -> None:
+    """Options that the examples on scenes have in common; `steps` may differ by what is trained."""
     parser.add_argument('--size', type=int, default=size, help='side of the scenes, in pixels')
-    parser.add_argument('--steps', type=int, default=steps)
+    parser.add_argument('--steps', type=int, default=steps, help='(default: %(default)s)')
     parser.add_argument('--lr', type=float, default=lr)
     parser.add_argument('--train-scenes', type=int, default=800)
     parser.add_argument('--held-out', type=int, default=200, help='number of held-out scenes')
@@ -250,8 +269,14 @@ def check_arguments(
             parser.error(f'expected a model with features of strides 2, 4, 8, 16 and 32, got {name} with {reduction}')
     if args.size < 64 or args.size % 32:
         parser.error(f'expected --size to be a multiple of 32 from 64, got {args.size}')
-    if args.steps < 1 or args.held_out < 1 or batch_size < 2:
+    if (isinstance(args.steps, int) and args.steps < 1) or args.held_out < 1 or batch_size < 2:
         parser.error('expected --steps and --held-out >= 1 and batches of 2 scenes or more, got '
                      f'{args.steps}, {args.held_out} and {batch_size}')
+    if not args.lr > 0 or args.seed < 0:
+        parser.error(f'expected --lr > 0 and --seed >= 0, got {args.lr} and {args.seed}')
+    try:
+        torch.empty(1, device=args.device)
+    except (AssertionError, RuntimeError) as e:
+        parser.error(f'expected a --device that torch finds, got {args.device}: {str(e).splitlines()[0]}')
     if args.train_scenes < batch_size:
         parser.error(f'expected at least one batch of {batch_size} scenes, got --train-scenes {args.train_scenes}')

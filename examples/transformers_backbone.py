@@ -28,10 +28,13 @@ from shapes import (
     add_arguments,
     check_arguments,
     fit,
+    images_of,
     intersection_over_union,
     load_scenes,
-    to_tensor,
+    masks_of,
+    predict_masks,
 )
+from train_cifar import replacing
 from transformers import (
     AutoImageProcessor,
     DetrConfig,
@@ -80,28 +83,27 @@ def detr(source: torch.nn.Module, classes: int, **kwargs) -> DetrForObjectDetect
 
 
 def train(model: UperNetForSemanticSegmentation, scenes: List[Scene], args: argparse.Namespace) -> None:
+    images, masks = images_of(scenes).to(args.device), masks_of(scenes).to(args.device)
+
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        images = torch.stack([to_tensor(scenes[i].image) for i in batch])
-        masks = torch.stack([torch.from_numpy(scenes[i].mask).long() for i in batch])
-        return model(images.to(args.device), labels=masks.to(args.device)).loss
+        return model(images[batch], labels=masks[batch]).loss
 
     fit(model, loss_of, len(scenes), args.batch_size, args.steps, args.lr, args.seed)
 
 
-@torch.no_grad()
 def predict(model: UperNetForSemanticSegmentation, scenes: List[Scene], device: str) -> torch.Tensor:
     """Classes (n, H, W)."""
-    images = torch.stack([to_tensor(s.image) for s in scenes])
-    return torch.cat([model.eval().to(device)(b.to(device)).logits.argmax(1).cpu() for b in images.split(16)])
+    model.eval().to(device)
+    return predict_masks(lambda images: model(images).logits, scenes, device)
 
 
 def export(model: torch.nn.Module, folder: Path) -> None:
     """Write a timm model as a folder in the Hub's format that transformers can read as well."""
     timm.models.save_for_hf(model, folder, safe_serialization=True)
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
+    config = json.loads((folder / 'config.json').read_text())
     config.get('model_args', {}).pop('num_classes', None)  # it stands beside the arguments
-    path.write_text(json.dumps(config, indent=2))
+    with replacing(folder / 'config.json') as part:
+        part.write_text(json.dumps(config, indent=2))
 
 
 def classify(folder: Path) -> int:

@@ -13,26 +13,24 @@ import pytest
 import timm
 import timm.layers
 import torch
-from matplotlib import cbook
+from networks import CIFAR, IMAGENET, MODELS, small
 from packaging.version import Version
 from PIL import Image
 from reference import randomise
-from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
+
+
+def library(name):
+    return pytest.importorskip(name, reason=f"needs {name}: pip install '.[downstream]'")
+
+
+cbook, samples = library('matplotlib.cbook'), library('sklearn.datasets')
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune
 import shapes
-
-IMAGENET = [m for m in timm.list_models(module='gunn') if '18' in m]
-CIFAR = [m for m in timm.list_models(module='gunn') if '18' not in m]
-NARROW = dict(channels=(12, 16, 20, 24), segments=(3, 4, 5, 6))
-
-
-def library(name):
-    return pytest.importorskip(name, reason=f"needs {name}: pip install '.[downstream]'")
 
 
 def randomised(name, **kwargs):
@@ -98,9 +96,13 @@ def test_smp_weights(tmp_path):
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.encoder.model.state_dict().items())
 
 
-def test_segment(tmp_path, capsys):
+def test_segment(tmp_path, capsys, monkeypatch):
     library('segmentation_models_pytorch')
     import segment
+    scored, score = [], segment.intersection_over_union
+    monkeypatch.setattr(
+        segment, 'intersection_over_union',
+        lambda predicted, scenes: scored.append(scenes) or score(predicted, scenes))
     segment.main([
         '--models', 'gunn18', 'resnet18', '--archs', 'Unet', '--steps', '2', '--batch-size', '2', '--size', '64',
         '--train-scenes', '4', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
@@ -109,12 +111,16 @@ def test_segment(tmp_path, capsys):
     assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
     for row in rows:
         assert float(row['miou']) == pytest.approx(np.nanmean([float(row[c]) for c in shapes.CLASSES]))
+    held_out = shapes.make_scenes(1, 64, held_out=True)
+    assert all(np.array_equal(s.image, t.image) for s, t in zip(scored[0], held_out, strict=True))
+    assert len(scored) == 2
     assert (tmp_path / 'unet.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['results.csv', 'unet.png']
     for options, message in ((['--models', 'gunn'], 'expected names of timm models, got gunn'),
                              (['--archs', 'Net'], 'got Net'), (['--size', '50'], 'multiple of 32 from 64, got 50'),
                              (['--models', 'gunn15'], 'strides 2, 4, 8, 16 and 32, got gunn15 with [1, 2, 4]'),
-                             (['--steps', '0'], 'got 0, 200 and 8'),
+                             (['--steps', '0'], 'got 0, 200 and 8'), (['--seed', '-1'], 'got 0.001 and -1'),
+                             (['--device', 'gpu'], 'a --device that torch finds, got gpu'),
                              (['--train-scenes', '4'], 'one batch of 8 scenes, got --train-scenes 4')):
         with pytest.raises(SystemExit):
             segment.main(options)
@@ -181,7 +187,7 @@ def test_intersection_over_union():
 def test_torchvision_fpn_on_the_whole_network(name):
     """Its helper takes the children of a classifier, as it does for its own networks."""
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    model = randomised(name, **NARROW).eval()
+    model = randomise(small(name)).eval()
     layers = {f'stage{i}': str(i - 1) for i in range(1, 5)}
     fpn = BackboneWithFPN(copy.deepcopy(model), layers, [i['num_chs'] for i in model.feature_info[1:]], 32).eval()
     x = torch.randn(1, 3, 75, 96)
@@ -250,20 +256,29 @@ def test_average_precision():
     assert average_precision(found(shift=1), scenes)['ap50'] < 20
 
 
-def test_detect(tmp_path, capsys):
+def test_detect(tmp_path, capsys, monkeypatch):
     library('torchmetrics')
     library('pycocotools')
     import detect
+    scored, score = [], detect.average_precision
+    monkeypatch.setattr(
+        detect, 'average_precision', lambda found, scenes: scored.append(scenes) or score(found, scenes))
+    monkeypatch.setattr(detect, 'STEPS', dict(faster_rcnn=99, retinanet=2))
     detect.main([
-        '--models', 'gunn18', 'resnet18', '--detectors', 'retinanet', '--pretrain-steps', '1', '--steps', '2', '--size',
-        '64', '--train-scenes', '8', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
+        '--models', 'gunn18', 'resnet18', '--detectors', 'retinanet', '--pretrain-steps', '1', '--size', '64',
+        '--train-scenes', '8', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
     with open(tmp_path / 'results.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
+    assert {row['steps'] for row in rows} == {'2'}
+    held_out = shapes.make_scenes(1, 64, held_out=True)
+    assert all(np.array_equal(s.image, t.image) for s, t in zip(scored[0], held_out, strict=True))
+    assert len(scored) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         'gunn18.safetensors', 'resnet18.safetensors', 'results.csv', 'retinanet.png']
     for options, message in ((['--models', 'gunn15'], 'strides 2, 4, 8, 16 and 32, got gunn15 with [1, 2, 4]'),
                              (['--models', 'x'], 'expected names of timm models, got x'),
+                             (['--wnids', 'n1'], '--wnids needs --tiny-imagenet'),
                              (['--pretrain-steps', '0'], 'expected --pretrain-steps >= 1, got 0')):
         with pytest.raises(SystemExit):
             detect.main(options)
@@ -323,7 +338,11 @@ def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
     assert (tmp_path / 'out' / 'faster_rcnn.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(SystemExit, match='got 5 and 2'):
         detect.main([*options, '--wnids', 'n3'])
-    for changed, message in ((['--wnids', 'n4'], 'got n4'), (['--tiny-imagenet', str(tmp_path)], 'wnids.txt')):
+    (tiny_imagenet / 'val' / 'val_annotations.txt').rename(tmp_path / 'val_annotations.txt')
+    with pytest.raises(SystemExit, match=r'to be the folder tiny-imagenet-200: .*val_annotations'):
+        detect.main(options)
+    for changed, message in ((['--wnids', 'n4'], "got ['n4']"), (['--wnids', 'n1', 'n1'], "['n1', 'n1']"),
+                             (['--tiny-imagenet', str(tmp_path)], 'wnids.txt')):
         with pytest.raises(SystemExit):
             detect.main([*options, *changed])
         assert message in capsys.readouterr().err
@@ -331,12 +350,12 @@ def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
 
 # --- transformers ---
 
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn18'])
+@pytest.mark.parametrize('name', MODELS)
 def test_detr_frozen_norms(name, caplog):
     """DETR's own class in place of every BatchNorm: in train mode, for one image, what eval mode gives."""
     library('transformers')
     from transformers.models.detr.modeling_detr import replace_batch_norm
-    model = randomised(name, **{k: v[:3 if name == 'gunn15' else 4] for k, v in NARROW.items()})
+    model = randomise(small(name))
     x = torch.randn(1, 3, 64, 96)
     expected = model.eval()(x)
     with torch.no_grad():
@@ -344,7 +363,8 @@ def test_detr_frozen_norms(name, caplog):
     assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     with caplog.at_level(logging.DEBUG, 'timm_gunn.layer'):
         y = model.train()(x)
-    assert ('DetrFrozenBatchNorm2d' in caplog.text) == (name != 'sunn18')  # the log of layers that are not fused
+    # The log of layers that are not fused; SUNN's have no order.
+    assert ('DetrFrozenBatchNorm2d' in caplog.text) == (not name.startswith('sunn'))
     assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert_trains(model, y.square().mean())
 
@@ -449,7 +469,7 @@ def test_scenes():
 
 def test_held_out_scenes_show_nothing_of_the_training_scenes(monkeypatch):
     with cbook.get_sample_data('grace_hopper.jpg') as f:
-        wholes = [*load_sample_images().images, np.asarray(Image.open(f).convert('RGB'))]
+        wholes = [*samples.load_sample_images().images, np.asarray(Image.open(f).convert('RGB'))]
     for left, right, whole in zip(shapes.photographs(False), shapes.photographs(True), wholes, strict=True):
         assert np.array_equal(np.concatenate([left, right], 1), whole)  # no pixel is in both
     # Behind objects and, by half, in them is what photographs(held_out) gives and nothing else.
@@ -460,6 +480,22 @@ def test_held_out_scenes_show_nothing_of_the_training_scenes(monkeypatch):
             objects = scene.image[scene.mask > 0]
             assert (objects >= level // 2).all()
             assert (objects <= level // 2 + 128).all()
+
+
+def test_fit():
+    """The shared loop trains: a linear map is found, in batches of its data."""
+    torch.manual_seed(0)
+    model, (x, w) = torch.nn.Linear(4, 1, bias=False), torch.randn(2, 8, 4)
+    y, seen = x @ w[0], []
+
+    def loss_of(batch):
+        seen.append(batch)
+        return (model(x[batch])[:, 0] - y[batch]).square().mean()
+
+    shapes.fit(model, loss_of, 8, 4, 200, 0.1, seed=0)
+    assert (model.weight[0] - w[0]).abs().max() < 0.05
+    assert len(seen) == 200
+    assert all(len(batch) == 4 for batch in seen)
 
 
 @pytest.fixture
@@ -558,13 +594,20 @@ def test_finetune_says_what_is_wrong(folder, capsys):
             (['--data-dir', data, '--model', 'gunn'], 'expected the name of a timm model, got gunn'),
             (['--data-dir', str(folder)], f'expected a folder {folder / "train"} with a subfolder of images per class'),
             (['--data-dir', data, '--checkpoint', 'none'], 'expected a checkpoint, got none'),
-            (['--data-dir', data, '--batch-size', '7'], 'an even --batch-size and --mixup >= 0, got 5, 7 and 0.2'),
+            (['--data-dir', data, '--batch-size', '7'], '--mixup >= 0 and --lr > 0, got 5, 7, 0.2 and 0.001'),
+            (['--data-dir', data, '--img-size', '0'], 'expected --img-size of 16 or more, got 0'),
             (['--data-dir', data, '--output', 'x.pth'], 'that ends in .safetensors, got x.pth')):
         with pytest.raises(SystemExit):
             finetune.main(options)
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match='at least one batch of 64 training images, got 32'):
         finetune.main(['--data-dir', data, '--batch-size', '64'])
+    torch.save(timm.create_model('resnet18').state_dict(), folder / 'resnet.pth')
+    with pytest.raises(SystemExit, match=r'a network like this one in .*resnet.pth, got none for stem.conv.weight'):
+        finetune.main(['--data-dir', data, '--batch-size', '8', '--checkpoint', str(folder / 'resnet.pth')])
+    torch.save(timm.create_model('sunn24').state_dict(), folder / 'sunn24.pth')
+    with pytest.raises(SystemExit, match=r'(?s)a network like this one in .*sunn24.pth: .*size mismatch'):
+        finetune.main(['--data-dir', data, '--batch-size', '8', '--checkpoint', str(folder / 'sunn24.pth')])
     (folder / 'data' / 'val' / 'class1').rename(folder / 'data' / 'val' / 'class2')
     with pytest.raises(SystemExit, match=r"got in one alone \['class1', 'class2'\]"):
         finetune.main(['--data-dir', data])

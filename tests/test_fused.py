@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from networks import composite_of, saved_bytes
 from test_layer import assert_same, make_pair
-from test_models import composite_of, saved_bytes
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -159,6 +159,26 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
     fused, composite = low_precision_errors(layer, x, w, *LOW_PRECISION[kind])
     for name, f, c in zip(['y', 'x', *dict(layer.named_parameters())], fused, composite, strict=True):
         assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
+
+
+@pytest.mark.parametrize('kind', [*LOW_PRECISION, 'float32'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_inference_is_as_precise_as_the_composite(device, kind, monkeypatch):
+    """Norms with given statistics become a part of the weights; means of several deviations are no harm."""
+    monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', 12)
+    torch.manual_seed(0)
+    layer = make_layer(64, 16, 2, shortcut=True)
+    layer(5 + 2 * torch.randn(8, 64, 8, 8))
+    layer.eval().to(device)
+    param_dtype, autocast = LOW_PRECISION.get(kind, (torch.float32, None))
+    x = (5 + torch.randn(16, 64, 16, 16)).bfloat16().float().to(device)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double())
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            fused, composite = (
+                (m(x.to(autocast or param_dtype)).double() - exact).square().mean().sqrt().item()
+                for m in (layer.to(param_dtype), composite_of(layer)))
+    assert fused <= 2 * composite
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])

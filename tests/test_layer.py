@@ -1,5 +1,6 @@
 """GunnLayer against one module per unit: values, gradients and norm state in float64, for every norm it admits."""
 import copy
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import timm.layers
 import torch
 import torch.nn as nn
 from reference import ReferenceLayer, randomise
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch.testing import assert_close
 
 from timm_gunn import GunnLayer
@@ -37,15 +39,17 @@ class OtherFrozenBatchNorm2d(nn.Module):
         return (x - self.running_mean[:, None, None]) * scale + self.bias[:, None, None]
 
 
-def to_other_frozen(module):
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            new = OtherFrozenBatchNorm2d(child.num_features).to(child.weight)
-            new.load_state_dict({k: v for k, v in child.state_dict().items() if k != 'num_batches_tracked'})
-            setattr(module, name, new)
-        else:
-            to_other_frozen(child)
-    return module
+def to_frozen(norm):
+    def convert(module):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                new = norm(child.num_features).to(child.weight)
+                new.load_state_dict({k: v for k, v in child.state_dict().items() if k != 'num_batches_tracked'})
+                setattr(module, name, new)
+            else:
+                convert(child)
+        return module
+    return convert
 
 
 def set_norms(**attributes):
@@ -66,7 +70,8 @@ CONVERSIONS = {
     'batch statistics only': set_norms(track_running_stats=False),
     'frozen by timm': timm.layers.freeze_batch_norm_2d,
     'unfrozen by timm': lambda m: timm.layers.unfreeze_batch_norm_2d(timm.layers.freeze_batch_norm_2d(m)).double(),
-    'frozen by another library': to_other_frozen,
+    "timm's frozen norm": to_frozen(functools.partial(FrozenBatchNormAct2d, apply_act=False)),
+    'frozen by another library': to_frozen(OtherFrozenBatchNorm2d),
     'synchronised': nn.SyncBatchNorm.convert_sync_batchnorm,
     'synchronised by timm': timm.layers.convert_sync_batchnorm,
     'split': lambda m: timm.layers.convert_splitbn_model(m, 2).double(),
@@ -84,7 +89,7 @@ def make_pair(size=(12, 3, 2, 1), conversion=CONVERSIONS['plain'], norm=nn.Batch
 
 
 def assert_same(layer, ref, x, steps=2):
-    """Outputs, gradients of the input and of all parameters, and all buffers agree over some steps."""
+    """Outputs, gradients of the input and of all parameters, and buffers agree over some steps and one in no_grad."""
     w = torch.randn_like(x)
     for _ in range(steps):
         x_pt, x_ref = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -93,6 +98,8 @@ def assert_same(layer, ref, x, steps=2):
         (y_ref * w).sum().backward()
         assert_close(y, y_ref, rtol=1e-10, atol=1e-10)
         assert_close(x_pt.grad, x_ref.grad, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert_close(layer(x), ref(x), rtol=1e-10, atol=1e-10)
     for name, p in layer.named_parameters():
         if p.grad is None:  # an auxiliary norm in eval mode
             assert all(dict(u.named_parameters())[name].grad is None for u in ref.members)

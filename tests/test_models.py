@@ -3,6 +3,7 @@ import argparse
 import copy
 import io
 import math
+import pickle
 import re
 import warnings
 
@@ -12,6 +13,7 @@ import timm.utils
 import torch
 import torch._dynamo.config
 import torch.nn as nn
+from networks import CIFAR, IMAGENET, MODELS, SMALL, composite_of, saved_bytes, small
 from reference import randomise
 from safetensors.torch import load_file
 from timm.models import group_parameters
@@ -19,18 +21,6 @@ from torch.testing import assert_close
 
 from timm_gunn import GunnLayer
 from timm_gunn.verify import known_weights
-
-MODELS = timm.list_models(module='gunn')
-IMAGENET = [m for m in MODELS if '18' in m]
-CIFAR = [m for m in MODELS if '18' not in m]
-# Small versions of each, for what need not be shown at full size.
-SMALL = {name: dict(channels=(12, 16, 20, 24)[:stages], segments=(3, 4, 5, 6)[:stages])
-         for name in MODELS for stages in [4 if name in IMAGENET else 3]}
-
-
-def small(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL[name], **kwargs})
 
 
 def assert_same_output(actual, expected):
@@ -237,6 +227,17 @@ def test_weights_that_end_early(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('name', SMALL)
+def test_weights_of_a_backbone_in_a_classifier(name, tmp_path, caplog):
+    """What no map of features needs, the last convolution of the CIFAR networks, is named; a new classifier is not."""
+    backbone = small(name, features_only=True)
+    torch.save({f'encoder.{k}': v for k, v in backbone.state_dict().items()}, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=-1)
+    small(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+    found = re.findall(r'(\d+) tensors are not among the weights and stay as they are, (\S+)', caplog.text)
+    assert found == ([] if name in IMAGENET else [('5', 'final_conv.conv.weight')])
+
+
+@pytest.mark.parametrize('name', SMALL)
 def test_reset_classifier(name, tmp_path):
     """Without pooling, a map of features comes out, or one of logits, whose mean is what pooling gives."""
     model = small(name)
@@ -281,9 +282,14 @@ def test_initialisation(name):
     assert model.head.fc.weight.abs().max() <= model.num_features ** -0.5
 
 
+@pytest.mark.parametrize('context', [True, False])
 @pytest.mark.parametrize('name', SMALL)
-def test_init_weights_after_meta(name):
-    model = small(name, device='meta', dtype=torch.float64).to_empty(device='cpu')
+def test_init_weights_after_meta(name, context):
+    if context:
+        with torch.device('meta'):
+            model = small(name).double().to_empty(device='cpu')
+    else:
+        model = small(name, device='meta', dtype=torch.float64).to_empty(device='cpu')
     for t in [*model.parameters(), *model.buffers()]:
         t.data.fill_(float('nan') if t.is_floating_point() else -1)
     model.init_weights()
@@ -402,30 +408,6 @@ def test_group_matcher(name):
 
 # --- Training ---
 
-def composite_of(model):
-    """A copy that computes its ordered layers by their modules."""
-    model = copy.deepcopy(model)
-    for m in model.modules():
-        if isinstance(m, GunnLayer):
-            m.fused = False
-    return model
-
-
-def saved_bytes(model, x):
-    """Bytes that autograd keeps for the backward pass of model(x), each storage once, without parameters and input."""
-    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
-    saved = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in known:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    return sum(saved.values()), out
-
-
 def train_step(model, x):
     out = model(x)
     sum(o.square().mean() for o in (out if isinstance(out, list) else [out])).backward()
@@ -519,10 +501,20 @@ def test_drop_path_rises_with_depth():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_pure_bfloat16_channels_last(name):
-    model = small(name, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    grads, _ = train_step(model, x)
-    assert all(g.dtype == torch.bfloat16 and torch.isfinite(g).all() for g in grads.values())
+    """Maps and gradients are no further from float64 than twice the composite's."""
+    model = small(name, features_only=True, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def results(model, x):
+        maps = model(x)
+        grads, _ = train_step(model, x)
+        return maps[-1], torch.cat([g.flatten() for g in grads.values()])
+
+    exact = results(copy.deepcopy(model).double(), x.double())
+    for fused, composite, e in zip(results(model, x), results(composite_of(model), x), exact, strict=True):
+        assert fused.dtype == torch.bfloat16
+        assert (fused - e).norm() <= 2 * (composite - e).norm()
+    assert (results(model, x)[0] - exact[0]).norm() <= 0.3 * exact[0].norm()
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -531,7 +523,7 @@ def test_copies(name):
     x = torch.randn(1, 3, 32, 32)
     ema = timm.utils.ModelEmaV3(model)
     ema.update(model)
-    for copied in (copy.deepcopy(model), ema.module):
+    for copied in (copy.deepcopy(model), ema.module, pickle.loads(pickle.dumps(model))):
         assert_close(copied(x), model(x), rtol=0, atol=0)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
@@ -562,7 +554,7 @@ def test_compile(name, training):
 
 
 @pytest.mark.skipif(torch.__version__.startswith('2.8.'), reason='torch 2.8 compiles anew for odd sizes')
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn18'])
+@pytest.mark.parametrize('name', SMALL)
 def test_compile_with_dynamic_sizes(name):
     """One graph for images of any size, odd ones too."""
     model = randomise(small(name, dtype=torch.float64)).eval()
@@ -625,23 +617,35 @@ def test_fx_of_torchvision(name):
     assert_close(dict(extractor.named_buffers()), dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize('name', SMALL)
-def test_export_with_dynamic_shapes(name):
-    model = randomise(small(name)).eval()
+# Every network, and as backbones one of each kind.
+EXPORTED = [
+    *((name, {}) for name in SMALL), ('gunn15', dict(features_only=True)),
+    *((name, dict(features_only=True, output_stride=16)) for name in ('gunn18', 'sunn18'))]
+
+
+def assert_same_outputs(actual, expected):
+    for a, e in zip(actual, expected if isinstance(expected, list) else [expected], strict=True):
+        assert_same_output(a, e)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), EXPORTED)
+def test_export_with_dynamic_shapes(name, kwargs):
+    model = randomise(small(name, **kwargs)).eval()
     exported = torch.export.export(
         model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={'x': dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)})
     for shape in [(2, 3, 64, 96), (1, 3, 75, 33)]:
         x = torch.randn(*shape)
-        assert_same_output(exported.module()(x), model(x))
+        out = exported.module()(x)
+        assert_same_outputs(out if isinstance(out, list) else [out], model(x))
 
 
 @pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
-@pytest.mark.parametrize('name', SMALL)
-def test_onnx(name, dynamo, tmp_path):
+@pytest.mark.parametrize(('name', 'kwargs'), EXPORTED)
+def test_onnx(name, kwargs, dynamo, tmp_path):
     import onnxruntime
     # The exporter takes seconds for a hundred operations.
     stages = len(SMALL[name]['channels'])
-    model = randomise(small(name, channels=(8, 12, 16, 20)[:stages], segments=(2, 2, 1, 1)[:stages])).eval()
+    model = randomise(small(name, channels=(8, 12, 16, 20)[:stages], segments=(2, 2, 1, 1)[:stages], **kwargs)).eval()
     path = str(tmp_path / 'model.onnx')
     axes = {0: 'b', 2: 'h', 3: 'w'}
     with warnings.catch_warnings():
@@ -653,8 +657,8 @@ def test_onnx(name, dynamo, tmp_path):
     session = onnxruntime.InferenceSession(path)
     for shape in [(2, 3, 64, 96), (1, 3, 75, 33)]:
         x = torch.randn(*shape)
-        out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert_same_output(torch.from_numpy(out), model(x))
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_same_outputs(map(torch.from_numpy, outputs), model(x))
 
 
 @pytest.mark.parametrize('fused', [True, False], ids=['fused', 'composite'])

@@ -9,8 +9,7 @@ from unittest import mock
 import pytest
 import timm
 from fetch_timm_tests import folder_of_timm_tests
-
-MODELS = timm.list_models(module='gunn')
+from networks import MODELS, SMALL
 
 
 def _list_models(filter='', module='', pretrained=False, exclude_filters='', name_matches_cfg=False, include_tags=None):
@@ -72,8 +71,8 @@ def _over_our_models(test, **kwargs):
 
 def _create_narrow_model(name, **kwargs):
     """timm.create_model of a few segments: these tests are about structure, and many run a network several times."""
-    channels = (24, 32, 40, 48)[:4 if '18' in name else 3]
-    return timm.create_model(name, **{**dict(channels=channels, segments=(3, 4, 5, 6)[:len(channels)]), **kwargs})
+    segments = SMALL[name]['segments']
+    return timm.create_model(name, **{**dict(channels=(24, 32, 40, 48)[:len(segments)], segments=segments), **kwargs})
 
 
 _timm_tests = _load()

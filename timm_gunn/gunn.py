@@ -372,7 +372,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     """Weights of a network, out of those of a larger one that holds it as 'backbone' or under any other name.
 
     Where timm loads without strictness, into features_only for instance, it goes on with what it has not loaded. So
-    weights of stages that are not there, as those of a network that was cut off, are named in a warning.
+    what is not there but for the classifier, as of a network that was cut off, is named in a warning.
 
     Raises:
         ValueError: If there is no such network in state_dict, or more than one.
@@ -385,7 +385,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
             f'{f"those of several, {prefixes}" if prefixes else list(state_dict)[:3]}.')
     prefix, = prefixes
     state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    missing = [k for k in model.state_dict() if k not in state_dict and k.startswith('stage') and 'tracked' not in k]
+    missing = [
+        k for k in model.state_dict() if k not in state_dict and not k.startswith('head.') and 'tracked' not in k]
     if missing:
         _logger.warning(f'{len(missing)} tensors are not among the weights and stay as they are, {missing[0]} for one.')
     classifier, own = state_dict.get('head.fc.weight'), model.state_dict().get('head.fc.weight')

@@ -1,0 +1,42 @@
+"""The registered networks, whole by name and small enough to try everything on."""
+import copy
+
+import timm
+import torch
+
+from timm_gunn import GunnLayer
+
+MODELS = timm.list_models(module='gunn')
+IMAGENET = [m for m in MODELS if timm.get_pretrained_cfg(m).num_classes == 1000]
+CIFAR = [m for m in MODELS if m not in IMAGENET]
+SMALL = {name: dict(channels=(12, 16, 20, 24)[:stages], segments=(3, 4, 5, 6)[:stages])
+         for name in MODELS for stages in [4 if name in IMAGENET else 3]}
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL[name], **kwargs})
+
+
+def composite_of(model):
+    """A copy that computes its ordered layers by their modules."""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, GunnLayer):
+            m.fused = False
+    return model
+
+
+def saved_bytes(model, x):
+    """Bytes that autograd keeps for the backward pass of model(x), each storage once, without parameters and input."""
+    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    return sum(saved.values()), out
