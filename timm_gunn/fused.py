@@ -16,12 +16,13 @@ and each adds what the changes within the block, y_j - x_j, contribute. Backward
 own columns is passed on unit by unit, what they send to all others in one product for the block.
 
 What is kept for the backward pass are x, y and the outputs of those convolutions that an activation follows. All that
-the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way.
+the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way. Where no backward
+pass follows, norms with given statistics are folded into the weights.
 
 `GunnLayer` chooses between this operator and the composite of its modules, which is the reference.
 """
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ aten = torch.ops.aten
 
 # Columns of the state in a block of segments that share products, if that many are more than one segment.
 FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160
+
+# Numbers in a unit's matrix up to which one slow call for a norm takes less time on CPUs than several fast ones.
+SMALL_NORM = 2 ** 15
 
 
 @torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
@@ -71,6 +75,8 @@ def ordered_update(
     """
     with torch.autocast(x.device.type, enabled=False):
         batch_stats = [t.numel() == 0 for t in params[3::5]]
+        if not keep:
+            params = _fold_norms(x, params, eps)
         layer = _Layer(x, params, batch_stats, kept, eps, segments, dilation, residual, dtype)
         y, saved = layer.forward(x, keep)
         stats = [t for norm in layer.norms for t in norm.batch_statistics()]
@@ -193,10 +199,10 @@ class _Layer:
         # 1x1 convolutions as matrices
         self.weights = [w.flatten(1) if w.shape[2] == 1 else w for w in weights]
         self.unit_weights = [w.chunk(segments) for w in self.weights]
-        norm_class = _Norm if x.is_cuda else _CpuNorm
         self.norms = [
-            norm_class(*params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
-            for k, e in enumerate(eps)]
+            _norm_class(x, self.rows * len(w) // segments, dtype)(
+                *params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
+            for k, (w, e) in enumerate(zip(self.weights, eps, strict=True))]
         self.readers = _readers(len(eps))
         self.kept = None if kept is None else kept.to(dtype).view(batch, 1, segments)
         self.width = channels // segments
@@ -216,9 +222,7 @@ class _Layer:
         saved: List[torch.Tensor] = []
         segments, state_segments = out.split(self.width, 1), state.split(self.width, 1)
         for start, stop in self._blocks(FORWARD_BLOCK):
-            shared = [
-                _read(state, self.weights[k][self._rows(k, start, stop)], self.map_shape).chunk(stop - start, 1)
-                for k in self.readers]
+            shared = [self._read(k, state, start, stop).chunk(stop - start, 1) for k in self.readers]
             # What has been added to the segments of the block, which the shared products do not know of.
             change = state.new_empty(len(state), (stop - start - 1) * self.width)
             for i in range(start, stop):
@@ -251,15 +255,22 @@ class _Layer:
         rows = len(self.weights[k]) // self.segments
         return slice(start * rows, stop * rows)
 
+    def _read(self, k: int, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Outputs of convolution k of units [start, stop) on one and the same state."""
+        rows = self._rows(k, start, stop)
+        weight, bias = self.weights[k][rows], self.norms[k].bias
+        bias = None if bias is None else bias[rows]
+        # On the CPU, convolutions are up to 1.4 times as fast as products with few columns, if there are many rows.
+        if state.is_cuda or self.rows < 1024:
+            return _linear(state, weight, bias)
+        return _conv2d(state, weight[:, :, None, None], bias, self.map_shape)
+
     def _read_change(self, k: int, h: torch.Tensor, change: torch.Tensor, i: int, start: int) -> torch.Tensor:
         """Output of unit i's convolution on the state, from that on the state before its block."""
         if i == start:  # a chunk of what the block shares, unless the block is a single unit
-            h = h.clone(memory_format=torch.contiguous_format) if change.shape[1] else h
-        else:
-            weight = self.unit_weights[k][i][:, self._columns(start, i)]
-            h = torch.addmm(h, change[:, self._columns(0, i - start)], weight.t())
-        bias = self.norms[k].biases[i]
-        return h if bias is None else h.add_(bias)
+            return h.clone(memory_format=torch.contiguous_format) if change.shape[1] else h
+        weight = self.unit_weights[k][i][:, self._columns(start, i)]
+        return torch.addmm(h, change[:, self._columns(0, i - start)], weight.t())
 
     def _unit(self, i: int, reads: List[torch.Tensor], saved: List[torch.Tensor], keep: bool) -> torch.Tensor:
         """Update of segment i, from the outputs of the convolutions that read the state."""
@@ -271,7 +282,7 @@ class _Layer:
                 saved.append(h)
             self._measure(k, h)
             a = self._activate(k, i, h, keep)
-            h = _conv3x3(a, self.unit_weights[k + 1][i], self.norms[k + 1].biases[i], self.map_shape, self.dilation)
+            h = _conv2d(a, self.unit_weights[k + 1][i], self.norms[k + 1].biases[i], self.map_shape, self.dilation)
             if keep:
                 saved.append(h)
             self._measure(k + 1, h)
@@ -450,11 +461,11 @@ class _Norm:
         self.affine_wanted, self.device = True, beta.device
         self.grad_gammas: List[Optional[torch.Tensor]] = [None] * segments
         self.grad_betas: List[Optional[torch.Tensor]] = [None] * segments
+        self.bias = beta.to(dtype) if beta.numel() and not self.exists else None
+        self.biases = [None] * segments if self.bias is None else self.bias.view(segments, -1).unbind()
         if not self.exists:
-            self.biases = beta.to(dtype).view(segments, -1).unbind() if beta.numel() else [None] * segments
             return
         gamma, beta = (t.to(self.stats_dtype).view(segments, -1) for t in (gamma, beta))
-        self.biases = [None] * segments
         self.gammas, self.betas = gamma.unbind(), beta.unbind()
         self.means: List[torch.Tensor] = []
         self.variances: List[torch.Tensor] = []
@@ -507,18 +518,17 @@ class _Norm:
 
 
 class _CpuNorm(_Norm):
-    """_Norm for CPUs, whose kernels are slow on channels that do not fill their vectors.
+    """_Norm for large matrices on CPUs, whose kernels are slow on channels that do not fill their vectors.
 
     On 25,088 x 20 float32 numbers, native_batch_norm_backward takes 15 times as long as on the same numbers seen as
     6,272 x 80. So the reductions take several rows as one and merge their results, and all that is linear in h and in
-    its gradient is computed as such, with as few calls as possible for the sake of small maps.
+    its gradient is computed as such.
     """
 
     def __init__(self, gamma, beta, mean, variance, eps, batch_stats, rows, segments, dtype):
         lanes, width, self.fold = 64 // dtype.itemsize, gamma.numel() // segments, 1
-        if rows * width >= 2 ** 13:
-            while self.fold * width % lanes and self.fold < lanes and rows % (2 * self.fold) == 0:
-                self.fold *= 2
+        while self.fold * width % lanes and self.fold < lanes and rows % (2 * self.fold) == 0:
+            self.fold *= 2
         stats = dict(dtype=_stats_dtype(dtype), device=gamma.device)
         self.zeros, self.ones = torch.zeros(self.fold * width, **stats), torch.ones(self.fold * width, **stats)
         self.scales: List[torch.Tensor] = []
@@ -593,6 +603,26 @@ class _CpuNorm(_Norm):
         return out
 
 
+def _norm_class(x: torch.Tensor, size: int, dtype: torch.dtype) -> Type[_Norm]:
+    """What is fastest for a unit's matrix of that many numbers. On CPUs, _Norm takes statistics in the dtype of h."""
+    return _Norm if x.is_cuda or (size <= SMALL_NORM and dtype == _stats_dtype(dtype)) else _CpuNorm
+
+
+def _fold_norms(x: torch.Tensor, params: List[torch.Tensor], eps: List[float]) -> List[torch.Tensor]:
+    """Make norms with given statistics a scale of the weights and a bias; for a forward pass without a backward."""
+    folded, rows = [], x.shape[0] * x.shape[2] * x.shape[3]
+    for (weight, gamma, beta, mean, variance), e in zip(zip(*[iter(params)] * 5, strict=True), eps, strict=True):
+        # On a CPU, small maps are sooner scaled than large weights; on CUDA devices the number of calls counts.
+        if mean.numel() > 0 and (x.is_cuda or weight[0].numel() <= rows):
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            scale = (variance.to(dtype) + e).rsqrt_().mul_(gamma)
+            beta = torch.addcmul(beta.to(dtype), mean.to(dtype), scale, value=-1)
+            weight = weight * scale[:, None, None, None]
+            gamma = mean = variance = gamma.new_empty(0)
+        folded += [weight, gamma, beta, mean, variance]
+    return folded
+
+
 def _readers(num_convs: int) -> List[int]:
     """Indices of the convolutions that read the state: the first, and the projection if there is one."""
     return [0] if num_convs % 3 == 0 else [0, num_convs - 1]
@@ -636,14 +666,6 @@ def _linear(
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _read(state: torch.Tensor, weight: torch.Tensor, shape: Tuple[int, int, int]) -> torch.Tensor:
-    """A 1x1 convolution of the state: its product with the transposed weight."""
-    # On the CPU, convolutions are up to 1.4 times as fast as products with few columns, if there are many rows.
-    if state.is_cuda or len(state) < 1024:
-        return state @ weight.t()
-    return _matrix(F.conv2d(_map(state, shape), weight[:, :, None, None]))
-
-
 def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
     """Add d W to g, in place."""
     if g.dtype == d.dtype:
@@ -652,8 +674,10 @@ def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
         g += d @ weight
 
 
-def _conv3x3(x, weight, bias, shape, dilation) -> torch.Tensor:
-    return _matrix(F.conv2d(_map(x, shape), weight, bias, padding=dilation, dilation=dilation))
+def _conv2d(x, weight, bias, shape, dilation=1) -> torch.Tensor:
+    """A convolution of the map that the matrix x is, to a map of the same size."""
+    padding = dilation * (weight.shape[2] // 2)
+    return _matrix(F.conv2d(_map(x, shape), weight, bias, padding=padding, dilation=dilation))
 
 
 def _conv3x3_backward(grad, x, weight, shape, dilation, weight_wanted) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
