@@ -139,8 +139,11 @@ def test_tables_in_the_readme(example, columns):
     readme = (EXAMPLES.parent / 'README.md').read_text()
     rows = stated(example)
     column, whats = dict(
-        segment=('architecture', ('Unet', 'DeepLabV3Plus')), detect=('detector', ('faster_rcnn', 'retinanet')))[example]
+        segment=('architecture', ('Unet', 'DeepLabV3Plus')),
+        detect=('detector', ('faster_rcnn', 'retinanet', 'faster_rcnn')))[example]
     assert [(row[column], row['backbone']) for row in rows] == list(product(whats, ('gunn18', 'sunn18', 'resnet50')))
+    if example == 'detect':
+        assert [row['data'] for row in rows] == ['drawn'] * 6 + ['Tiny ImageNet'] * 3
     for row in rows:
         what = row[column]
         numbers = ' | '.join(f'{float(row[c]):.1f}' for c in columns)
