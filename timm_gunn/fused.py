@@ -22,7 +22,7 @@ pass follows, norms with given statistics are folded into the weights.
 `GunnLayer` chooses between this operator and the composite of its modules, which is the reference.
 """
 import math
-from typing import Dict, List, Optional, Tuple, Type
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,6 @@ aten = torch.ops.aten
 
 # Columns of the state in a block of segments that share products, if that many are more than one segment.
 FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160
-
-# Numbers in a unit's matrix up to which one slow call for a norm takes less time on CPUs than several fast ones.
-SMALL_NORM = 2 ** 15
 
 
 @torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
@@ -199,10 +196,10 @@ class _Layer:
         # 1x1 convolutions as matrices
         self.weights = [w.flatten(1) if w.shape[2] == 1 else w for w in weights]
         self.unit_weights = [w.chunk(segments) for w in self.weights]
+        norm_class = _Norm if x.is_cuda else _CpuNorm
         self.norms = [
-            _norm_class(x, self.rows * len(w) // segments, dtype)(
-                *params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
-            for k, (w, e) in enumerate(zip(self.weights, eps, strict=True))]
+            norm_class(*params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
+            for k, e in enumerate(eps)]
         self.readers = _readers(len(eps))
         self.kept = None if kept is None else kept.to(dtype).view(batch, 1, segments)
         self.width = channels // segments
@@ -518,17 +515,18 @@ class _Norm:
 
 
 class _CpuNorm(_Norm):
-    """_Norm for large matrices on CPUs, whose kernels are slow on channels that do not fill their vectors.
+    """_Norm for CPUs, whose kernels are slow on channels that do not fill their vectors.
 
     On 25,088 x 20 float32 numbers, native_batch_norm_backward takes 15 times as long as on the same numbers seen as
     6,272 x 80. So the reductions take several rows as one and merge their results, and all that is linear in h and in
-    its gradient is computed as such.
+    its gradient is computed as such, with as few calls as possible for the sake of small maps.
     """
 
     def __init__(self, gamma, beta, mean, variance, eps, batch_stats, rows, segments, dtype):
         lanes, width, self.fold = 64 // dtype.itemsize, gamma.numel() // segments, 1
-        while self.fold * width % lanes and self.fold < lanes and rows % (2 * self.fold) == 0:
-            self.fold *= 2
+        if rows * width >= 2 ** 13:
+            while self.fold * width % lanes and self.fold < lanes and rows % (2 * self.fold) == 0:
+                self.fold *= 2
         stats = dict(dtype=_stats_dtype(dtype), device=gamma.device)
         self.zeros, self.ones = torch.zeros(self.fold * width, **stats), torch.ones(self.fold * width, **stats)
         self.scales: List[torch.Tensor] = []
@@ -601,11 +599,6 @@ class _CpuNorm(_Norm):
         if total is not wide_out:
             wide_out.copy_(total)
         return out
-
-
-def _norm_class(x: torch.Tensor, size: int, dtype: torch.dtype) -> Type[_Norm]:
-    """What is fastest for a unit's matrix of that many numbers. On CPUs, _Norm takes statistics in the dtype of h."""
-    return _Norm if x.is_cuda or (size <= SMALL_NORM and dtype == _stats_dtype(dtype)) else _CpuNorm
 
 
 def _fold_norms(x: torch.Tensor, params: List[torch.Tensor], eps: List[float]) -> List[torch.Tensor]:
