@@ -64,7 +64,8 @@ def finetune(args: argparse.Namespace) -> float:
     options = {k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
     train, val = (timm.data.create_loader(
         dataset, batch_size=args.batch_size, is_training=training, scale=(0.6, 1.0), num_workers=args.workers,
-        use_prefetcher=False, **options) for dataset, training in ((train, True), (val, False)))
+        use_prefetcher=False, persistent_workers=args.workers > 0, **options)
+        for dataset, training in ((train, True), (val, False)))
 
     # Without mixup (alpha 0) it still smooths the labels.
     mixup = timm.data.Mixup(args.mixup or 1.0, prob=float(args.mixup > 0), label_smoothing=0.1, num_classes=classes)
