@@ -26,9 +26,10 @@ def load_all_but_classifier(model: torch.nn.Module, path: Path) -> None:
     """Load a checkpoint of the same network with any number of classes; SystemExit for that of another."""
     head = model.pretrained_cfg['classifier']
     try:
-        keys = timm.models.load_checkpoint(
-            model, str(path), strict=False,
-            filter_fn=lambda state, _: {k: v for k, v in state.items() if not k.startswith(head)})
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's arguments
+            keys = timm.models.load_checkpoint(
+                model, str(path), strict=False, weights_only=True,
+                filter_fn=lambda state, _: {k: v for k, v in state.items() if not k.startswith(head)})
     except RuntimeError as e:
         raise SystemExit(f'expected the weights of a network like this one in {path}: {e}') from e
     if missing := [k for k in keys.missing_keys if not k.startswith(head)]:

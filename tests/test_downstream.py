@@ -550,7 +550,7 @@ def test_finetune(folder, monkeypatch, capsys):
 def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     """Of any number of classes, that of the model's config included; layers nearer to the input get smaller rates."""
     source = timm.create_model('gunn15', num_classes=classes)
-    torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
+    torch.save(dict(state_dict=source.state_dict(), args=argparse.Namespace(epochs=1)), folder / 'last.pth.tar')
     mixed, params = [], finetune.timm.data.Mixup._params_per_batch
     monkeypatch.setattr(
         finetune.timm.data.Mixup, '_params_per_batch', lambda self: mixed.append(params(self)) or mixed[-1])

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ['ordered_update']
+__all__ = ['folded', 'ordered_update']
 
 aten = torch.ops.aten
 
@@ -601,19 +601,26 @@ class _CpuNorm(_Norm):
         return out
 
 
+def folded(weight, gamma, beta, mean, variance, eps) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution that does what `weight` (O, I, H, W) and a norm behind it do.
+
+    All others are (O,), of any floating dtypes. Computes in float32 or float64, and returns that.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = (variance.to(dtype) + eps).rsqrt_().mul_(gamma)
+    return weight * scale[:, None, None, None], torch.addcmul(beta.to(dtype), mean.to(dtype), scale, value=-1)
+
+
 def _fold_norms(x: torch.Tensor, params: List[torch.Tensor], eps: List[float]) -> List[torch.Tensor]:
     """Make norms with given statistics a scale of the weights and a bias; for a forward pass without a backward."""
-    folded, rows = [], x.shape[0] * x.shape[2] * x.shape[3]
+    result, rows = [], x.shape[0] * x.shape[2] * x.shape[3]
     for (weight, gamma, beta, mean, variance), e in zip(zip(*[iter(params)] * 5, strict=True), eps, strict=True):
         # On a CPU, small maps are sooner scaled than large weights; on CUDA devices the number of calls counts.
         if mean.numel() > 0 and (x.is_cuda or weight[0].numel() <= rows):
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            scale = (variance.to(dtype) + e).rsqrt_().mul_(gamma)
-            beta = torch.addcmul(beta.to(dtype), mean.to(dtype), scale, value=-1)
-            weight = weight * scale[:, None, None, None]
+            weight, beta = folded(weight, gamma, beta, mean, variance, e)
             gamma = mean = variance = gamma.new_empty(0)
-        folded += [weight, gamma, beta, mean, variance]
-    return folded
+        result += [weight, gamma, beta, mean, variance]
+    return result
 
 
 def _readers(num_convs: int) -> List[int]:

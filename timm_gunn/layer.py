@@ -26,7 +26,7 @@ from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .fused import ordered_update
+from .fused import folded, ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -411,16 +411,12 @@ def fold_norm(module: nn.Module) -> None:
     plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
     if type(conv) is not nn.Conv2d or not plain or norm.running_mean is None:
         return
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale *= norm.weight
-    bias = -norm.running_mean * scale
-    if conv.bias is not None:
-        bias += conv.bias * scale
-    if norm.bias is not None:
-        bias += norm.bias
-    conv.weight.copy_(conv.weight * scale[:, None, None, None])
+    mean = norm.running_mean
+    weight, bias = folded(
+        conv.weight, torch.ones_like(mean) if norm.weight is None else norm.weight,
+        torch.zeros_like(mean) if norm.bias is None else norm.bias,
+        mean if conv.bias is None else mean - conv.bias, norm.running_var, norm.eps)
+    conv.weight.copy_(weight)
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
     module.bn = nn.Identity()
 
