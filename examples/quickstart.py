@@ -45,7 +45,7 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
     losses = []
     model.train()
-    with tqdm(total=steps, desc='training', unit='step') as progress:
+    with tqdm(total=steps, desc='training', unit='step', disable=None) as progress:
         for _ in range(epochs):
             for batch in torch.randperm(len(images)).split(batch_size)[:len(images) // batch_size]:
                 loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -63,7 +63,8 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
 def predict(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Class probabilities (n, classes)."""
     model.eval()
-    return torch.cat([model(b).softmax(1) for b in tqdm(images.split(batch_size), desc='evaluating', unit='batch')])
+    parts = tqdm(images.split(batch_size), desc='evaluating', unit='batch', disable=None)
+    return torch.cat([model(b).softmax(1) for b in parts])
 
 
 def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Tensor, losses: list) -> None:

@@ -500,9 +500,10 @@ def test_drop_path_rises_with_depth():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_pure_bfloat16_channels_last(name):
-    """Maps and gradients are no further from float64 than twice the composite's."""
+    """Maps and gradients are no further from float64 than twice the composite's; a classifier trains, too."""
     model = small(name, features_only=True, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    # With few images the last maps are normalised over a handful of samples: the ratio is then the processor's luck.
+    x = torch.randn(16, 3, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 
     def results(model, x):
         maps = model(x)
@@ -514,6 +515,8 @@ def test_pure_bfloat16_channels_last(name):
         assert fused.dtype == torch.bfloat16
         assert (fused - e).norm() <= 2 * (composite - e).norm()
     assert (results(model, x)[0] - exact[0]).norm() <= 0.3 * exact[0].norm()
+    grads, _ = train_step(small(name, dtype=torch.bfloat16).to(memory_format=torch.channels_last), x)
+    assert all(g.dtype == torch.bfloat16 and torch.isfinite(g).all() for g in grads.values())
 
 
 @pytest.mark.parametrize('name', SMALL)
