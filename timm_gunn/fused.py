@@ -13,7 +13,8 @@ segment i have only ever met y, the others only x.
 Neighbouring segments form blocks that share products. Else, the narrower the segments, the more often all N columns
 would be read for a product with few columns. Forward, a block's units read the state before the block in one product,
 and each adds what the changes within the block, y_j - x_j, contribute. Backward, what the units of a block send to its
-own columns is passed on unit by unit, what they send to all others in one product for the block.
+own columns is passed on unit by unit, what they send to all others in one product for the block. The gradient of their
+weights is computed as if all of them had met x in the block; what y_j - x_j add to it comes in products of halves.
 
 What is kept for the backward pass are x, y and the outputs of those convolutions that an activation follows. All that
 the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way. Where no backward
@@ -327,51 +328,58 @@ class _Layer:
             _matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
         self.grads, self.saved = _Gradients(params, needs[1:], self.weights, self.norms, self.segments), saved
         for start, stop in reversed(self._blocks(BACKWARD_BLOCK)):
-            sent = self._block_backward(start, stop)
-            before, after = self._columns(0, start), self._columns(stop, self.segments)
-            self._send(start, stop, sent, before, self.g[:, before], self.y[:, before])
-            self._send(start, stop, sent, after, self.g[:, after] if needs[0] else None, self.x[:, after])
+            self._block_backward(start, stop, needs[0])
         grad_x = g_map.contiguous(memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
         return grad_x, self.grads.collect()
 
-    def _block_backward(self, start: int, stop: int) -> List[torch.Tensor]:
-        """Take the block's own columns of G through units [start, stop): Algorithm 1, as if there were no others.
+    def _block_backward(self, start: int, stop: int, input_wanted: bool) -> None:
+        """Take G through units [start, stop): Algorithm 1."""
+        before, own, after = self._columns(0, start), self._columns(start, stop), self._columns(stop, self.segments)
+        sent = self._own_backward(start, stop)
+        for k, d in zip(self.readers, sent, strict=True):
+            rows = self._rows(k, start, stop)
+            weight = self.weights[k][rows]
+            _accumulate(self.g[:, before], d, weight[:, before])
+            if input_wanted:
+                _accumulate(self.g[:, after], d, weight[:, after])
+            if self.grads.wanted(k):
+                grad, rest = self.grads.grads[k][rows], slice(start * self.width, None)
+                torch.mm(d.t(), self.y[:, before], out=grad[:, before])
+                torch.mm(d.t(), self.x[:, rest], out=grad[:, rest])
+                if stop - start > 1:
+                    self._add_changes(d, self.y[:, own] - self.x[:, own], grad[:, own], stop - start)
+
+    def _own_backward(self, start: int, stop: int) -> List[torch.Tensor]:
+        """Take the block's own columns of G through its units, as if there were no others.
 
         Returns the gradients of what the units' convolutions read from the state.
         """
         count, columns = stop - start, self._columns(start, stop)
         g = self.g[:, columns].clone(memory_format=torch.contiguous_format)
-        state = self.y[:, columns].clone(memory_format=torch.contiguous_format)
         sent = [self._buffer(f'sent {k}', len(self.weights[k]) // self.segments * count) for k in self.readers]
         for i in reversed(range(start, stop)):
             own = self._columns(i - start, i - start + 1)
             received = self._buffer('received', self.width).copy_(g[:, own])
             if not self.residual:
                 g[:, own].zero_()
-            unit_sent = self._unit_backward(i, received)
-            state[:, own].copy_(self.x[:, self._columns(i, i + 1)])
-            self._send(i, i + 1, unit_sent, columns, g, state)
-            for whole, d in zip(sent, unit_sent, strict=True):
+            for k, d, whole in zip(self.readers, self._unit_backward(i, received), sent, strict=True):
+                _accumulate(g, d, self.unit_weights[k][i][:, columns])
                 whole.chunk(count, 1)[i - start].copy_(d)
         self.g[:, columns] = g
         return sent
 
-    def _send(
-            self,
-            start: int,
-            stop: int,
-            sent: List[torch.Tensor],
-            columns: slice,
-            g: Optional[torch.Tensor],
-            state: torch.Tensor,
-    ) -> None:
-        """Pass on what units [start, stop) send to columns of the state: d W to G, d^T state to the gradient of W."""
-        for k, d in zip(self.readers, sent, strict=True):
-            rows = self._rows(k, start, stop)
-            if g is not None:
-                _accumulate(g, d, self.weights[k][rows, columns])
-            if self.grads.wanted(k):
-                torch.mm(d.t(), state, out=self.grads.grads[k][rows, columns])
+    def _add_changes(self, d: torch.Tensor, change: torch.Tensor, grad: torch.Tensor, count: int) -> None:
+        """Add the part of the changes, y - x, to the gradient of a weight whose units have met them before their own.
+
+        The upper half of the units has met all changes of the lower half; within each half it is the same again.
+        """
+        if count == 1:
+            return
+        lower = count // 2
+        rows, columns = d.shape[1] // count * lower, self.width * lower
+        grad[rows:, :columns].addmm_(d[:, rows:].t(), change[:, :columns])
+        self._add_changes(d[:, :rows], change[:, :columns], grad[:rows, :columns], lower)
+        self._add_changes(d[:, rows:], change[:, columns:], grad[rows:, columns:], count - lower)
 
     def _unit_backward(self, i: int, received: torch.Tensor) -> List[torch.Tensor]:
         """Gradients of what unit i's convolutions read from the state, from that of its update."""
@@ -553,9 +561,9 @@ class _CpuNorm(_Norm):
         # Given running statistics of float32, the kernel returns float32 for an h of 16 bits too.
         mean, variance = aten.batch_norm_update_stats(self._wide(h), self.zeros, self.ones, 0.0)
         if self.fold > 1:
-            mean, variance = mean.view(self.fold, -1), variance.view(self.fold, -1)
-            variance = variance.mean(0).add_(mean.var(0, correction=0))
-            mean = mean.mean(0)
+            within = variance.view(self.fold, -1).sum(0)
+            between, mean = torch.var_mean(mean.view(self.fold, -1), 0, correction=0)
+            variance = torch.add(between, within, alpha=1 / self.fold)
         i = len(self.means)
         self.means.append(mean)
         self.variances.append(variance)
