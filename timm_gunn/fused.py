@@ -333,9 +333,11 @@ class _Layer:
         return grad_x, self.grads.collect()
 
     def _block_backward(self, start: int, stop: int, input_wanted: bool) -> None:
-        """Take G through units [start, stop): Algorithm 1."""
+        """Take G through units [start, stop), and compute the gradients of what they read the state with."""
         before, own, after = self._columns(0, start), self._columns(start, stop), self._columns(stop, self.segments)
         sent = self._own_backward(start, stop)
+        several = stop - start > 1 and any(self.grads.wanted(k) for k in self.readers)
+        changes = self.y[:, own] - self.x[:, own] if several else None
         for k, d in zip(self.readers, sent, strict=True):
             rows = self._rows(k, start, stop)
             weight = self.weights[k][rows]
@@ -346,8 +348,8 @@ class _Layer:
                 grad, rest = self.grads.grads[k][rows], slice(start * self.width, None)
                 torch.mm(d.t(), self.y[:, before], out=grad[:, before])
                 torch.mm(d.t(), self.x[:, rest], out=grad[:, rest])
-                if stop - start > 1:
-                    self._add_changes(d, self.y[:, own] - self.x[:, own], grad[:, own], stop - start)
+                if changes is not None:
+                    self._add_changes(d, changes, grad[:, own], stop - start)
 
     def _own_backward(self, start: int, stop: int) -> List[torch.Tensor]:
         """Take the block's own columns of G through its units, as if there were no others.
@@ -368,7 +370,7 @@ class _Layer:
         self.g[:, columns] = g
         return sent
 
-    def _add_changes(self, d: torch.Tensor, change: torch.Tensor, grad: torch.Tensor, count: int) -> None:
+    def _add_changes(self, d: torch.Tensor, changes: torch.Tensor, grad: torch.Tensor, count: int) -> None:
         """Add the part of the changes, y - x, to the gradient of a weight whose units have met them before their own.
 
         The upper half of the units has met all changes of the lower half; within each half it is the same again.
@@ -377,9 +379,9 @@ class _Layer:
             return
         lower = count // 2
         rows, columns = d.shape[1] // count * lower, self.width * lower
-        grad[rows:, :columns].addmm_(d[:, rows:].t(), change[:, :columns])
-        self._add_changes(d[:, :rows], change[:, :columns], grad[:rows, :columns], lower)
-        self._add_changes(d[:, rows:], change[:, columns:], grad[rows:, columns:], count - lower)
+        grad[rows:, :columns].addmm_(d[:, rows:].t(), changes[:, :columns])
+        self._add_changes(d[:, :rows], changes[:, :columns], grad[:rows, :columns], lower)
+        self._add_changes(d[:, rows:], changes[:, columns:], grad[rows:, columns:], count - lower)
 
     def _unit_backward(self, i: int, received: torch.Tensor) -> List[torch.Tensor]:
         """Gradients of what unit i's convolutions read from the state, from that of its update."""
