@@ -14,7 +14,8 @@ Neighbouring segments form blocks that share products. Else, the narrower the se
 would be read for a product with few columns. Forward, a block's units read the state before the block in one product,
 and each adds what the changes within the block, y_j - x_j, contribute. Backward, what the units of a block send to its
 own columns is passed on unit by unit, what they send to all others in one product for the block. The gradient of their
-weights is computed as if all of them had met x in the block; what y_j - x_j add to it comes in products of halves.
+weights is computed as if all of them had met x in the block; the columns that they have met as y are then overwritten,
+in products of halves.
 
 What is kept for the backward pass are x, y and the outputs of those convolutions that an activation follows. All that
 the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way. Where no backward
@@ -138,8 +139,9 @@ def _setup_context(ctx, inputs, output):
     ctx.batch_stats = [t.numel() > 0 for t in stats[::2]]
     params = list(params)
     for k, batch in enumerate(ctx.batch_stats):
-        if batch:
-            params[5 * k + 3:5 * k + 5] = stats[2 * k:2 * k + 2]
+        # A later step in training mode may update given statistics before the backward pass of this one.
+        used = stats[2 * k:2 * k + 2] if batch else [t.clone() for t in params[5 * k + 3:5 * k + 5]]
+        params[5 * k + 3:5 * k + 5] = used
     ctx.num_params = len(params)
     ctx.config = eps, *config
     ctx.save_for_backward(x, y, kept, *params, *saved)
@@ -202,7 +204,7 @@ class _Layer:
             norm_class(*params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
             for k, e in enumerate(eps)]
         self.readers = _readers(len(eps))
-        self.kept = None if kept is None else kept.to(dtype).view(batch, 1, segments)
+        self.kept = None if kept is None else kept.to(_stats_dtype(dtype)).view(batch, 1, segments)
         self.width = channels // segments
 
     def _buffer(self, name: str, channels: int) -> torch.Tensor:
@@ -336,8 +338,6 @@ class _Layer:
         """Take G through units [start, stop), and compute the gradients of what they read the state with."""
         before, own, after = self._columns(0, start), self._columns(start, stop), self._columns(stop, self.segments)
         sent = self._own_backward(start, stop)
-        several = stop - start > 1 and any(self.grads.wanted(k) for k in self.readers)
-        changes = self.y[:, own] - self.x[:, own] if several else None
         for k, d in zip(self.readers, sent, strict=True):
             rows = self._rows(k, start, stop)
             weight = self.weights[k][rows]
@@ -348,8 +348,7 @@ class _Layer:
                 grad, rest = self.grads.grads[k][rows], slice(start * self.width, None)
                 torch.mm(d.t(), self.y[:, before], out=grad[:, before])
                 torch.mm(d.t(), self.x[:, rest], out=grad[:, rest])
-                if changes is not None:
-                    self._add_changes(d, changes, grad[:, own], stop - start)
+                self._put_updated(d, self.y[:, own], grad[:, own], stop - start)
 
     def _own_backward(self, start: int, stop: int) -> List[torch.Tensor]:
         """Take the block's own columns of G through its units, as if there were no others.
@@ -370,18 +369,18 @@ class _Layer:
         self.g[:, columns] = g
         return sent
 
-    def _add_changes(self, d: torch.Tensor, changes: torch.Tensor, grad: torch.Tensor, count: int) -> None:
-        """Add the part of the changes, y - x, to the gradient of a weight whose units have met them before their own.
+    def _put_updated(self, d: torch.Tensor, y: torch.Tensor, grad: torch.Tensor, count: int) -> None:
+        """Write the gradient of a weight of `count` units for the columns that they have met updated by one another.
 
-        The upper half of the units has met all changes of the lower half; within each half it is the same again.
+        The upper half of the units has met all of the lower half as y; within each half it is the same again.
         """
         if count == 1:
             return
         lower = count // 2
         rows, columns = d.shape[1] // count * lower, self.width * lower
-        grad[rows:, :columns].addmm_(d[:, rows:].t(), changes[:, :columns])
-        self._add_changes(d[:, :rows], changes[:, :columns], grad[:rows, :columns], lower)
-        self._add_changes(d[:, rows:], changes[:, columns:], grad[rows:, columns:], count - lower)
+        torch.mm(d[:, rows:].t(), y[:, :columns], out=grad[rows:, :columns])
+        self._put_updated(d[:, :rows], y[:, :columns], grad[:rows, :columns], lower)
+        self._put_updated(d[:, rows:], y[:, columns:], grad[rows:, columns:], count - lower)
 
     def _unit_backward(self, i: int, received: torch.Tensor) -> List[torch.Tensor]:
         """Gradients of what unit i's convolutions read from the state, from that of its update."""
