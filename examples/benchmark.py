@@ -7,7 +7,8 @@
     python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
 
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:folded` (inference) a model
-with its norms folded by timm. Every round runs one step of each variant, one after the other, so that a drift of the
+with its norms folded by timm, `NAME:products` the matrix products and convolutions of a model's step alone: what it
+would take if all else were free. Every round runs one step of each variant, one after the other, so that a drift of the
 machine's speed meets all of them, and every other round backwards; ratios are taken within a round. Times are medians
 over the rounds, with the interquartile range. A train step is the forward pass, the cross-entropy, the backward pass
 and SGD with Nesterov momentum.
@@ -18,6 +19,7 @@ Products and convolutions of float32 may round to TF32 on a GPU.
 """
 import argparse
 import csv
+import math
 import multiprocessing
 import os
 import platform
@@ -36,19 +38,21 @@ import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gunn
 from timm_gunn import GunnLayer, fused
 
+KINDS = 'composite', 'folded', 'products'
 MODELS = [
-    'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:folded', 'sunn18:folded',
+    'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:products', 'gunn18:folded', 'sunn18:folded',
     'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME[:composite|:folded]')
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME[:composite|:folded|:products]')
     parser.add_argument('--reference', help='the ratios are to this one (default: the second of the models)')
     parser.add_argument('--bench', choices=['train', 'inference', 'both'], default='both')
     parser.add_argument('--sweep', nargs='+', metavar='CHANNELSxPIXELS', help='time single layers over their segments')
@@ -118,6 +122,58 @@ class Network:
         self.model.eval()
         with torch.no_grad(), autocast(self.args):
             self.run(self.x)
+
+
+class Products:
+    """The matrix products and convolutions of a network's step alone, those that it makes where it is not compiled."""
+
+    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
+        network = Network(spec, bench, argparse.Namespace(**{**vars(args), 'compile': None}))
+        with RecordProducts() as recorder:
+            getattr(network, bench)()
+        self.calls, self.facts = recorder.calls, {**network.facts, 'saved_mib_per_image': math.nan}
+
+    @torch.no_grad()
+    def inference(self) -> None:
+        for op, args, kwargs in self.calls:
+            op(*args, **kwargs)
+
+    train = inference
+
+
+class RecordProducts(TorchDispatchMode):
+    """Keep the calls of products and convolutions, those within the fused operator too.
+
+    Operands are replaced by others of their shapes, strides and dtypes, which share memory where these are equal, so
+    that caches serve them no worse than the step's own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.products = {getattr(torch.ops.aten, name) for name in (
+            'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'conv2d', 'convolution', 'convolution_backward')}
+        # Run as functions: no mode sees what is called beneath an operator.
+        self.functions = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
+        self.calls: List[Tuple[Callable, List[Any], Dict[str, Any]]] = []
+        self.operands: Dict[Tuple, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.functions:
+            with self, torch.no_grad():
+                return self.functions[func](*args, **kwargs)
+        if func.overloadpacket in self.products:
+            self.calls.append((func, [self.operand(t) for t in args], {k: self.operand(t) for k, t in kwargs.items()}))
+        return func(*args, **kwargs)
+
+    def operand(self, t: Any) -> Any:  # noqa: ANN401 (arguments of any kind pass)
+        if not isinstance(t, torch.Tensor):
+            return t
+        key = t.shape, t.stride(), t.dtype, t.device
+        if key not in self.operands:
+            size = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+            self.operands[key] = torch.randn(size, dtype=t.dtype, device=t.device).as_strided(t.shape, t.stride())
+        return self.operands[key]
 
 
 class SingleLayer:
@@ -262,14 +318,16 @@ def bench_models(args: argparse.Namespace) -> None:
         raise SystemExit(f'benchmark: --reference must be one of {args.models}, got {reference!r}.')
     for spec in args.models:
         name, _, kind = spec.partition(':')
-        if kind not in ('', 'composite', 'folded') or not timm.is_model(name):
-            raise SystemExit(f'benchmark: expected NAME, NAME:composite or NAME:folded of a timm model, got {spec!r}.')
+        if kind not in ('', *KINDS) or not timm.is_model(name):
+            raise SystemExit(
+                f'benchmark: expected a model of timm, and behind a colon one of {", ".join(KINDS)}, got {spec!r}.')
     if args.bench == 'train' and all(':folded' in spec for spec in args.models):
         raise SystemExit(f'benchmark: folded models are for inference, got --bench train of {args.models}.')
     rows = []
     for bench in ('train', 'inference') if args.bench == 'both' else (args.bench,):
         builders = {
-            s: partial(Network, s, bench, args) for s in args.models if bench == 'inference' or ':folded' not in s}
+            s: partial(Products if s.endswith(':products') else Network, s, bench, args)
+            for s in args.models if bench == 'inference' or ':folded' not in s}
         times, facts = interleave(builders, bench, args)
         passes = 3 if bench == 'train' else 1
         print(f'\n{bench}: {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
@@ -279,9 +337,13 @@ def bench_models(args: argparse.Namespace) -> None:
             median = statistics.median(seconds)
             ratio = ratios(seconds, times[reference]) if reference in times else None
             fact = facts[spec]
+            if spec.endswith(':products'):  # its peak is that of the recording
+                fact['peak_mib'] = math.nan
+            memory = ['' if math.isnan(m) else f'{m:.{digits}f}' for m, digits in (
+                (fact['saved_mib_per_image'], 1), (fact['peak_mib'], 0))]
             print(f'| `{spec}` | {spread([1e3 * s for s in seconds], 0)} | {spread(ratio, 2) if ratio else ""} | '
                   f'{args.batch_size / median:.4g} | {passes * fact["gmacs"] * args.batch_size / median:.4g} | '
-                  f'{fact["saved_mib_per_image"]:.1f} | {fact["peak_mib"]:.0f} |')
+                  f'{" | ".join(memory)} |')
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
                 compile=args.compile or '', contiguous=args.contiguous, rounds=args.rounds, seconds=median,
@@ -423,7 +485,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def plot_models(rows: List[Dict[str, object]], folder: Path) -> None:
-    rows = [r for r in rows if r['bench'] == 'train']
+    rows = [r for r in rows if r['bench'] == 'train' and not math.isnan(r['saved_mib_per_image'])]
     if not rows:
         return
     import matplotlib
@@ -431,7 +493,7 @@ def plot_models(rows: List[Dict[str, object]], folder: Path) -> None:
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 4))
     for r in rows:
-        point = float(r['saved_mib_per_image']), r['batch_size'] / r['seconds']
+        point = r['saved_mib_per_image'], r['batch_size'] / r['seconds']
         ax.plot(*point, 'o')
         ax.annotate(r['model'], point, textcoords='offset points', xytext=(4, 4), fontsize=8)
     ax.set(xlabel='kept for backward, MiB per image', ylabel='images per second, training')

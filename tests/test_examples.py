@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
@@ -15,7 +17,7 @@ import model_table
 import quickstart
 import results_table
 import train_cifar
-from benchmark import bench_models, bench_sweep, parse_args
+from benchmark import Network, Products, bench_models, bench_sweep, parse_args
 from tiny_imagenet import arrange
 
 
@@ -61,8 +63,25 @@ def test_benchmark(tmp_path):
     assert 'benchmark.py --models gunn15' in fused['command']
 
 
+@pytest.mark.parametrize(('spec', 'bench'), [('gunn15', 'train'), ('gunn15', 'inference'), ('sunn15', 'train')])
+def test_benchmark_replays_every_product(spec, bench):
+    args = parse_args(['--img-size', '8', '--batch-size', '2'])
+    products, network = Products(f'{spec}:products', bench, args), Network(spec, bench, args)
+    flops = []
+    for variant in (products, network):
+        with FlopCounterMode(display=False) as counter:
+            getattr(variant, bench)()
+        flops.append(counter.get_total_flops())
+    in_place = torch.ops.aten.addmm_.default  # not counted by the counter
+    flops[0] += sum(2 * args[1].numel() * args[2].shape[1] for op, args, _ in products.calls if op is in_place)
+    # Beyond what the network's counter says, blocks multiply what has changed within them, and the backward pass
+    # computes the last convolution of each unit again.
+    ratio = flops[0] / flops[1]
+    assert ratio == 1 if spec == 'sunn15' else 1 < ratio < 1.15, ratio
+
+
 def test_benchmark_says_what_is_wrong(tmp_path):
-    with pytest.raises(SystemExit, match="NAME:composite or NAME:folded of a timm model, got 'gunn15:fast'"):
+    with pytest.raises(SystemExit, match="behind a colon one of composite, folded, products, got 'gunn15:fast'"):
         bench_models(parse_args(['--models', 'gunn15:fast']))
     with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):
         bench_sweep(parse_args(['--sweep', '400x56', '12x4', '--segments', '5']))
