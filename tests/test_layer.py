@@ -3,15 +3,17 @@ import copy
 import functools
 import math
 
+import numpy as np
 import pytest
 import timm.layers
 import torch
 import torch.nn as nn
+import torch.nn.utils.prune
 from reference import ReferenceLayer, randomise
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch.testing import assert_close
 
-from timm_gunn import GunnLayer
+from timm_gunn import Gunn, GunnLayer
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -166,10 +168,10 @@ def test_batch_counter_advances_once_per_step():
 
 @pytest.mark.parametrize('norm', [
     'groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd),
-    lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd)])
+    lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd), nn.BatchNorm1d, nn.BatchNorm3d])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_unsupported_norm(norm, ordered):
-    with pytest.raises(TypeError, match=r'(Group|Layer|Instance)Norm.*expected a norm of the BatchNorm family'):
+    with pytest.raises(TypeError, match=r'(Group|Layer|Instance|Batch)Norm.*expected a norm of the BatchNorm family'):
         GunnLayer(64, 2, ordered=ordered, norm_layer=norm)
 
 
@@ -202,6 +204,48 @@ def test_convolutions_that_do_more(change):
     layer.units[0].conv1.conv = change(layer.units[0].conv1.conv)
     with pytest.raises(TypeError, match=r'expected an nn\.Conv2d with zero padding'):
         layer(torch.randn(2, 12, 3, 3))
+
+
+@pytest.mark.parametrize('hook', [
+    lambda conv: nn.utils.prune.l1_unstructured(conv, 'weight', 0.5), nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings('ignore:.*weight_norm. is deprecated')
+def test_convolutions_whose_weight_is_made_by_a_hook(hook):
+    layer = GunnLayer(12, 3)
+    conv = layer.units[0].conv2.conv
+    hook(conv)
+    with pytest.raises(TypeError, match='without forward pre-hooks'):
+        layer(torch.randn(2, 12, 3, 3))
+    layer.ordered = False  # runs its modules as they are
+    layer(torch.randn(2, 12, 3, 3)).sum().backward()
+    assert list(conv.parameters())
+    assert all(p.grad is not None for p in conv.parameters())
+
+
+def test_pruned_norm():
+    torch.manual_seed(0)
+    layer, other = GunnLayer(12, 3), GunnLayer(12, 3)
+    other.load_state_dict(layer.state_dict())
+    norm = layer.units[0].conv2.bn
+    nn.utils.prune.random_unstructured(norm, 'weight', 0.5)
+    x = torch.randn(2, 12, 3, 3)
+    for _ in range(2):
+        with torch.no_grad():
+            norm.weight_orig.mul_(3)  # the layer has to see what becomes of the weight
+            other.units[0].conv2.bn.weight.copy_(norm.weight_orig * norm.weight_mask)
+        assert_close(layer(x), other(x))
+
+
+def test_sizes_of_numpy():
+    layer = GunnLayer(*np.array([12, 3, 2]))
+    assert type(layer.channels) is int
+    assert layer.units[0].conv1.conv.weight.shape == (24, 12, 1, 1)
+
+
+@pytest.mark.parametrize('name', ['act_layer', 'norm_layer'])
+@pytest.mark.parametrize('cls', [GunnLayer, Gunn])
+def test_layers_that_are_none(cls, name):
+    with pytest.raises(TypeError, match=f'{cls.__name__}: {name} must be the name of a layer.*got None'):
+        cls((12,) if cls is Gunn else 12, (3,) if cls is Gunn else 3, **{name: None})
 
 
 @pytest.mark.parametrize(('args', 'kwargs', 'message'), [

@@ -123,6 +123,7 @@ def test_unknown_variant_or_tag(name, message):
     (dict(segments=(10, 20, 30, 40)), ValueError, 'divisible by segments, got 1600 and 30'),
     (dict(norm_layer='groupnorm1'), TypeError, 'GroupNorm1.*BatchNorm family'),
     (dict(widht=3), TypeError, 'widht'),
+    (dict(drop_path_rate=-0.1), ValueError, r'drop_path_rate must be in \[0, 1\), got -0.1'),
 ])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
@@ -130,8 +131,17 @@ def test_bad_arguments(kwargs, error, message):
 
 
 def test_no_drop_path_without_a_residual():
-    with pytest.raises(ValueError, match='needs residual=True'):
+    with pytest.raises(ValueError, match=r'drop_path_rate=0\.1 needs residual=True'):
         timm.create_model('gunn15_nores', drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize(('layout', 'stages', 'reductions'), [
+    ('imagenet', 2, [2, 4, 8]), ('imagenet', 5, [2, 4, 8, 16, 32, 32]), ('cifar', 1, [1])])
+def test_features_of_other_numbers_of_stages(layout, stages, reductions):
+    model = timm.create_model(
+        'gunn18', layout=layout, channels=(12,) * stages, segments=(3,) * stages, output_stride=32, features_only=True)
+    maps = model(torch.randn(2, 3, 128, 128))
+    assert [128 // m.shape[-1] for m in maps] == model.feature_info.reduction() == reductions
 
 
 def test_checkpoint_of_another_variant(tmp_path):

@@ -52,11 +52,19 @@ class _Loader:
 def _register():
     try:
         import timm_gunn  # noqa: F401
+    except ModuleNotFoundError as e:
+        if e.name != 'timm_gunn':
+            return _failed(e)
+        _warn('timm-gunn is installed in part, without the package timm_gunn: install or uninstall it again')
     except Exception as e:
-        version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
-        _warn(
-            f'timm-gunn could not register its models with timm {version} (it needs 1.0.22 or newer): '
-            f'{type(e).__name__}: {e}')
+        _failed(e)
+
+
+def _failed(error):
+    version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
+    _warn(
+        f'timm-gunn could not register its models with timm {version} (it needs 1.0.22 or newer): '
+        f'{type(error).__name__}: {error}')
 
 
 def _warn(message):

@@ -147,7 +147,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, y, kept, *params, *saved)
 
 
-def _backward(ctx, grad, *_):  # noqa: ANN002 (the other outputs have no gradients)
+def _backward(ctx, grad, *_):
     rest = [None] * 7
     if grad is None:
         return (None, [None] * ctx.num_params, *rest)
@@ -171,14 +171,14 @@ ordered_update.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.timm_gunn.ordered_update)
-def _flops(x_shape, params_shapes, *_, **__) -> int:  # noqa: ANN002
+def _flops(x_shape, params_shapes, *_, **__) -> int:
     batch, _, height, width = x_shape
     return 2 * batch * height * width * sum(math.prod(shape) for shape in params_shapes[::5])
 
 
 @register_flop_formula(torch.ops.timm_gunn.ordered_update_backward)
 def _backward_flops(
-        grad_shape, x_shape, y_shape, params_shapes, saved_shapes, batch_stats, needs, *_, **__,  # noqa: ANN002
+        grad_shape, x_shape, y_shape, params_shapes, saved_shapes, batch_stats, needs, *_, **__,
 ) -> int:
     """FLOPs of the gradients, without what is computed again: the same as of the composite."""
     batch, _, height, width = x_shape
@@ -189,7 +189,18 @@ def _backward_flops(
 class _Layer:
     """A layer's parameters taken apart by unit, and what the units compute, on matrices (B * H * W, channels)."""
 
-    def __init__(self, x, params, batch_stats, kept, eps, segments, dilation, residual, dtype):
+    def __init__(
+            self,
+            x: torch.Tensor,
+            params: List[torch.Tensor],
+            batch_stats: List[bool],
+            kept: Optional[torch.Tensor],
+            eps: List[float],
+            segments: int,
+            dilation: int,
+            residual: bool,
+            dtype: torch.dtype,
+    ):
         batch, channels, height, width = x.shape
         self.map_shape, self.rows, self.device = (batch, height, width), batch * height * width, x.device
         self.buffers: Dict[Tuple[str, int], torch.Tensor] = {}
@@ -417,7 +428,14 @@ class _Layer:
 class _Gradients:
     """Gradients of stacked weights, gammas and betas, filled unit by unit; those not needed stay empty."""
 
-    def __init__(self, params, needs, weights, norms, segments):
+    def __init__(
+            self,
+            params: List[torch.Tensor],
+            needs: List[bool],
+            weights: List[torch.Tensor],
+            norms: 'List[_Norm]',
+            segments: int,
+    ):
         self.params, self.needs, self.norms = params, needs, norms
         for k, norm in enumerate(norms):
             norm.affine_wanted = needs[5 * k + 1] or needs[5 * k + 2]
@@ -460,7 +478,18 @@ class _Norm:
     Takes (rows, width) matrices of one unit. Statistics and what is computed with them are float32 or float64.
     """
 
-    def __init__(self, gamma, beta, mean, variance, eps, batch_stats, rows, segments, dtype):
+    def __init__(
+            self,
+            gamma: torch.Tensor,
+            beta: torch.Tensor,
+            mean: torch.Tensor,
+            variance: torch.Tensor,
+            eps: float,
+            batch_stats: bool,
+            rows: int,
+            segments: int,
+            dtype: torch.dtype,
+    ):
         self.exists = gamma.numel() > 0
         self.batch = self.exists and batch_stats
         self.rows, self.eps, self.dtype, self.stats_dtype = rows, eps, dtype, _stats_dtype(dtype)
@@ -475,12 +504,17 @@ class _Norm:
         self.gammas, self.betas = gamma.unbind(), beta.unbind()
         self.means: List[torch.Tensor] = []
         self.variances: List[torch.Tensor] = []
+        self._start(gamma.shape[1])
         if mean.numel() > 0:
             mean, variance = (t.to(self.stats_dtype).view(segments, -1) for t in (mean, variance))
             self.means, self.variances = mean.unbind(), variance.unbind()
             self._prepare(gamma, beta, mean, variance)
 
-    def _prepare(self, gamma, beta, mean, variance) -> None:
+    def _start(self, width: int) -> None:
+        """Prepare what depends on the sizes alone."""
+
+    def _prepare(
+            self, gamma: torch.Tensor, beta: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Compute for all units at once what follows from known statistics."""
         self.inv_stds = (variance + self.eps).rsqrt_().unbind()
 
@@ -531,16 +565,15 @@ class _CpuNorm(_Norm):
     its gradient is computed as such, with as few calls as possible for the sake of small maps.
     """
 
-    def __init__(self, gamma, beta, mean, variance, eps, batch_stats, rows, segments, dtype):
-        lanes, width, self.fold = 64 // dtype.itemsize, gamma.numel() // segments, 1
-        if rows * width >= 2 ** 13:
-            while self.fold * width % lanes and self.fold < lanes and rows % (2 * self.fold) == 0:
+    def _start(self, width: int) -> None:
+        lanes, self.fold = 64 // self.dtype.itemsize, 1
+        if self.rows * width >= 2 ** 13:
+            while self.fold * width % lanes and self.fold < lanes and self.rows % (2 * self.fold) == 0:
                 self.fold *= 2
-        stats = dict(dtype=_stats_dtype(dtype), device=gamma.device)
+        stats = dict(dtype=self.stats_dtype, device=self.device)
         self.zeros, self.ones = torch.zeros(self.fold * width, **stats), torch.ones(self.fold * width, **stats)
         self.scales: List[torch.Tensor] = []
         self.shifts: List[torch.Tensor] = []
-        super().__init__(gamma, beta, mean, variance, eps, batch_stats, rows, segments, dtype)
 
     def _wide(self, h: torch.Tensor) -> torch.Tensor:
         return h if self.fold == 1 else h.view(self.rows // self.fold, -1)
@@ -549,7 +582,8 @@ class _CpuNorm(_Norm):
         """Repeat (channels,), or (P, channels), for the channels of wide rows."""
         return t if self.fold == 1 else torch.cat([t] * self.fold, -1)
 
-    def _prepare(self, gamma, beta, mean, variance) -> None:
+    def _prepare(
+            self, gamma: torch.Tensor, beta: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
         inv_std = (variance + self.eps).rsqrt_()
         scale = inv_std * gamma
         self.scales = self._repeat(scale).unbind()
@@ -610,7 +644,14 @@ class _CpuNorm(_Norm):
         return out
 
 
-def folded(weight, gamma, beta, mean, variance, eps) -> Tuple[torch.Tensor, torch.Tensor]:
+def folded(
+        weight: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a convolution that does what `weight` (O, I, H, W) and a norm behind it do.
 
     All others are (O,), of any floating dtypes. Computes in float32 or float64, and returns that.
@@ -683,13 +724,26 @@ def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
         g += d @ weight
 
 
-def _conv2d(x, weight, bias, shape, dilation=1) -> torch.Tensor:
+def _conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        shape: Tuple[int, int, int],
+        dilation: int = 1,
+) -> torch.Tensor:
     """A convolution of the map that the matrix x is, to a map of the same size."""
     padding = dilation * (weight.shape[2] // 2)
     return _matrix(F.conv2d(_map(x, shape), weight, bias, padding=padding, dilation=dilation))
 
 
-def _conv3x3_backward(grad, x, weight, shape, dilation, weight_wanted) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def _conv3x3_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        shape: Tuple[int, int, int],
+        dilation: int,
+        weight_wanted: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     grad, x = _map(grad, shape), _map(x, shape)
     if dilation > 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
         # In channels-last memory, torch 2.15 gives NaN as the gradient of some such weights.

@@ -21,7 +21,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_la
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .layer import GunnLayer, fold_norm, reset_norm
+from .layer import GunnLayer, check_layers, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -74,9 +74,11 @@ class GunnStage(ConvNormAct):
 def _in_backward() -> bool:
     """True while autograd runs a backward pass, where a forward is the recomputation of a checkpointed one.
 
-    Asked here, it serves every way of checkpointing a stage, that of timm's features_only wrappers included.
+    Asked here, it serves every way of checkpointing a stage, that of timm's features_only wrappers included. A hook on
+    a gradient that runs the network in training mode is taken for a recomputation as well.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    task = getattr(torch._C, '_current_graph_task_id', lambda: -1)  # there is no public function for it
+    return not torch.compiler.is_compiling() and task() != -1
 
 
 @contextmanager
@@ -92,7 +94,15 @@ def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
             m._buffers.update(buffers)
 
 
-def _conv_norm_act(in_chs, out_chs, kernel_size, stride, norm_layer, act_layer, **dd) -> 'OrderedDict[str, nn.Module]':
+def _conv_norm_act(
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int,
+        norm_layer: Type[nn.Module],
+        act_layer: Union[str, Type[nn.Module]],
+        **dd,
+) -> 'OrderedDict[str, nn.Module]':
     return OrderedDict(
         conv=nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd),
         bn=norm_layer(out_chs, **dd),
@@ -154,8 +164,9 @@ class Gunn(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If layout or output_stride is none of the above, or a layer's sizes do not fit (see GunnLayer).
-            TypeError: If norm_layer is not of the BatchNorm family.
+            ValueError: If layout or output_stride is none of the above, a layer's sizes do not fit (see GunnLayer), or
+                drop_path_rate is given without a residual.
+            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
         """
         super().__init__()
         if layout not in ('imagenet', 'cifar'):
@@ -165,6 +176,12 @@ class Gunn(nn.Module):
         if len(channels) != len(segments):
             raise ValueError(
                 f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f'Gunn: drop_path_rate must be in [0, 1), got {drop_path_rate!r}.')
+        if drop_path_rate and not residual:
+            raise ValueError(
+                f'Gunn: drop_path_rate={drop_path_rate} needs residual=True: without it a dropped update leaves zeros.')
+        check_layers('Gunn', act_layer=act_layer, norm_layer=norm_layer)
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)
@@ -396,7 +413,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
-    out_indices = tuple(range(3 if kwargs['layout'] == 'cifar' else 5))
+    out_indices = tuple(range(len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')))  # the stem of the latter
     return build_model_with_cfg(
         Gunn, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices), **kwargs)

@@ -16,6 +16,7 @@ Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - h
 """
 import logging
 from itertools import chain
+from numbers import Integral
 from typing import List, Optional, Tuple, Type, Union
 
 import torch
@@ -36,7 +37,8 @@ _logger = logging.getLogger(__name__)
 class GunnLayer(nn.Module):
     """Update the channels of a feature map segment by segment (GUNN) or all at once (SUNN).
 
-    Maps (B, N, H, W) to (B, N, H, W) in any floating dtype and either memory format.
+    Maps (B, N, H, W) to (B, N, H, W) in any floating dtype and either memory format. Fused layers keep their output
+    for the backward pass: what follows must not change it in place, nn.ReLU() rather than nn.ReLU(inplace=True).
 
     Source: Section 3.2, Eq. 4 and 5; the update units are those of Section 5.1, Figure 4.
     """
@@ -77,12 +79,12 @@ class GunnLayer(nn.Module):
 
         Raises:
             ValueError: If a size is below 1, P does not divide N, or drop_path is given without a residual.
-            TypeError: If norm_layer is not of the BatchNorm family.
+            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
         """
         super().__init__()
         for name, value in dict(
                 channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
         if channels % segments:
             raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
@@ -92,6 +94,10 @@ class GunnLayer(nn.Module):
             raise ValueError(
                 f'GunnLayer: drop_path={drop_path} needs residual=True: without x_i a dropped update leaves zeros.')
 
+        check_layers('GunnLayer', act_layer=act_layer, norm_layer=norm_layer)
+
+        # Plain ints: those of NumPy are none to TorchScript.
+        channels, segments, expansion, depth, dilation = map(int, (channels, segments, expansion, depth, dilation))
         self.channels = channels
         self.segments = segments
         self.ordered = ordered
@@ -195,8 +201,7 @@ class GunnLayer(nn.Module):
         """What keeps the fused operator from doing what the modules would do, None if nothing does."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return 'a trace or export takes the operations one by one'
-        if not torch.compiler.is_compiling() and (
-                torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0):
+        if not torch.compiler.is_compiling() and _transformed():
             return 'torch.func and forward-mode derivatives need the operations one by one'
         if x.device.type not in ('cpu', 'cuda', 'meta'):
             return f'device {x.device.type}'
@@ -212,8 +217,8 @@ class GunnLayer(nn.Module):
                 if type(act) is not nn.ReLU:
                     return f'activation {type(act).__name__}'
         for c in self._conv_norms():
-            if type(c.conv) is not nn.Conv2d or c.conv.padding_mode != 'zeros':
-                return f'convolution {type(c.conv).__name__}'
+            if not _is_plain_conv(c.conv):
+                return f'convolution {type(c.conv).__name__}, or its padding or hooks'
             weight_dtype = c.conv.weight.dtype
             if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
                 return f'an input of {x.dtype} and weights of {weight_dtype}'
@@ -367,13 +372,27 @@ class ConvNorm(nn.Module):
 def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
 
-    Raises TypeError for any other class than nn.Conv2d and other padding than zeros: wrappers (low-rank adapters),
-    subclasses (standardised, quantised) and parametrisations do more than this slice of the convolution would.
+    Raises TypeError for any other class than nn.Conv2d, other padding than zeros and hooks before the convolution:
+    wrappers (low-rank adapters), subclasses (standardised, quantised), parametrisations and torch.nn.utils.prune do
+    more than this slice of the convolution would.
     """
-    if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros':
+    if not _is_plain_conv(conv):
         raise TypeError(
-            f'GunnLayer: expected an nn.Conv2d with zero padding to take the weights of a unit from, got {conv}.')
+            'GunnLayer: expected an nn.Conv2d with zero padding and without forward pre-hooks (as pruning, '
+            f'spectral_norm and weight_norm add them) to take the weights of a unit from, got {conv} with '
+            f'{len(conv._forward_pre_hooks)} hooks.')
     return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not conv._forward_pre_hooks
+
+
+def check_layers(owner: str, **layers: Union[str, Type[nn.Module], None]) -> None:
+    """Raise TypeError for a layer, by the name of its argument, that is None."""
+    for name, layer in layers.items():
+        if layer is None:
+            raise TypeError(f'{owner}: {name} must be the name of a layer or a class of modules, got None.')
 
 
 def check_norm(norm: nn.Module, channels: int) -> None:
@@ -382,11 +401,12 @@ def check_norm(norm: nn.Module, channels: int) -> None:
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
     running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
     """
-    if isinstance(norm, (_BatchNorm, nn.Identity)):
+    if isinstance(norm, (_BatchNorm, nn.Identity)) and not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         return
     stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
     per_channel = all(isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats)
-    if not per_channel or isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+    others = nn.modules.instancenorm._InstanceNorm, nn.BatchNorm1d, nn.BatchNorm3d
+    if not per_channel or isinstance(norm, others):
         raise TypeError(
             f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
             'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
@@ -422,8 +442,13 @@ def fold_norm(module: nn.Module) -> None:
 
 
 def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them."""
-    return type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
+    """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them.
+
+    One with hooks before it is none: its weight may be what they make of other parameters.
+    """
+    return (
+        type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
+        and not norm._forward_pre_hooks)
 
 
 def _is_torchvision_frozen(norm: nn.Module) -> bool:
@@ -509,6 +534,12 @@ def _batch_norm_unit(
 
 def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     return None if t is None else t[start:stop]
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work. Neither says so by a public function."""
+    stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+    return stack() is not None or getattr(fwAD, '_current_level', -1) >= 0
 
 
 def _autocasts(x: torch.Tensor) -> bool:
