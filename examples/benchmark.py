@@ -23,7 +23,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -32,7 +31,7 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import timm.utils
@@ -46,7 +45,7 @@ from timm_gunn import GunnLayer, fused
 
 KINDS = 'composite', 'folded', 'products'
 MODELS = [
-    'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:products', 'gunn18:folded', 'sunn18:folded',
+    'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:folded', 'sunn18:folded',
     'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
 
 
@@ -71,8 +70,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--csv', type=Path, help='append a row per variant to this file')
     parser.add_argument('--plots', type=Path, help='write plots into this folder (needs matplotlib)')
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f'--rounds must be at least 1, got {args.rounds}')
+    for name, low in dict(rounds=1, warmup=0, batch_size=1, img_size=1).items():
+        if getattr(args, name) < low:
+            parser.error(f'--{name.replace("_", "-")} must be at least {low}, got {getattr(args, name)}')
     if args.csv and args.csv.exists():
         kind = 'gunn_seconds' if args.sweep else 'flops' if args.roofline else 'bench'
         with open(args.csv, newline='') as f:
@@ -124,29 +124,17 @@ class Network:
             self.run(self.x)
 
 
-class Products:
-    """The matrix products and convolutions of a network's step alone, those that it makes where it is not compiled."""
+class Operand(NamedTuple):
+    """Where a tensor lies in memory of a kind: (number of elements, dtype, device, whether it is written to)."""
 
-    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
-        network = Network(spec, bench, argparse.Namespace(**{**vars(args), 'compile': None}))
-        with RecordProducts() as recorder:
-            getattr(network, bench)()
-        self.calls, self.facts = recorder.calls, {**network.facts, 'saved_mib_per_image': math.nan}
-
-    @torch.no_grad()
-    def inference(self) -> None:
-        for op, args, kwargs in self.calls:
-            op(*args, **kwargs)
-
-    train = inference
+    memory: Tuple
+    shape: Tuple[int, ...]
+    stride: Tuple[int, ...]
+    offset: int
 
 
 class RecordProducts(TorchDispatchMode):
-    """Keep the calls of products and convolutions, those within the fused operator too.
-
-    Operands are replaced by others of their shapes, strides and dtypes, which share memory where these are equal, so
-    that caches serve them no worse than the step's own.
-    """
+    """Keep the calls of products and convolutions, those within the fused operator too, but not what they work on."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +143,6 @@ class RecordProducts(TorchDispatchMode):
         # Run as functions: no mode sees what is called beneath an operator.
         self.functions = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
         self.calls: List[Tuple[Callable, List[Any], Dict[str, Any]]] = []
-        self.operands: Dict[Tuple, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -163,17 +150,52 @@ class RecordProducts(TorchDispatchMode):
             with self, torch.no_grad():
                 return self.functions[func](*args, **kwargs)
         if func.overloadpacket in self.products:
-            self.calls.append((func, [self.operand(t) for t in args], {k: self.operand(t) for k, t in kwargs.items()}))
+            in_place = func.overloadpacket is torch.ops.aten.addmm_
+            self.calls.append((
+                func, [self.operand(t, in_place and i == 0) for i, t in enumerate(args)],
+                {k: self.operand(t, k == 'out') for k, t in kwargs.items()}))
         return func(*args, **kwargs)
 
-    def operand(self, t: Any) -> Any:  # noqa: ANN401 (arguments of any kind pass)
+    def operand(self, t: Any, written: bool) -> Any:  # noqa: ANN401 (arguments of any kind pass)
         if not isinstance(t, torch.Tensor):
             return t
-        key = t.shape, t.stride(), t.dtype, t.device
-        if key not in self.operands:
-            size = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-            self.operands[key] = torch.randn(size, dtype=t.dtype, device=t.device).as_strided(t.shape, t.stride())
-        return self.operands[key]
+        memory = t.untyped_storage().nbytes() // t.itemsize, t.dtype, t.device, written
+        return Operand(memory, t.shape, t.stride(), t.storage_offset())
+
+
+class Products:
+    """The matrix products and convolutions of a network's step alone, those that it makes where it is not compiled.
+
+    Their operands have the shapes, strides and dtypes of the step's. Those in memory of one kind share it, so that
+    caches serve them no worse than the step's own.
+    """
+
+    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
+        network = Network(spec, bench, argparse.Namespace(**{**vars(args), 'compile': None}))
+        with RecordProducts() as recorder:
+            getattr(network, bench)()
+        self.facts = {**network.facts, 'saved_mib_per_image': math.nan}
+        del network
+        memory: Dict[Tuple, torch.Tensor] = {}
+
+        def tensor(o: Any) -> Any:  # noqa: ANN401 (arguments of any kind pass)
+            if not isinstance(o, Operand):
+                return o
+            if o.memory not in memory:
+                size, dtype, device, _ = o.memory
+                memory[o.memory] = torch.randn(size, dtype=dtype, device=device)
+            return memory[o.memory].as_strided(*o[1:])
+
+        self.calls = [
+            (op, [tensor(o) for o in args], {k: tensor(o) for k, o in kwargs.items()})
+            for op, args, kwargs in recorder.calls]
+
+    @torch.no_grad()
+    def inference(self) -> None:
+        for op, args, kwargs in self.calls:
+            op(*args, **kwargs)
+
+    train = inference
 
 
 class SingleLayer:
@@ -231,10 +253,18 @@ def serve(connection: Connection, build: Callable[[], Any], bench: str, device: 
         connection.send(variant.facts)
         while connection.recv():
             connection.send(timed(step, device))
-        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        connection.send(peak / 2 ** 20)
+        connection.send((torch.cuda.max_memory_allocated() if cuda else peak_resident()) / 2 ** 20)
     except Exception as e:
         connection.send(f'{type(e).__name__}: {e}')
+
+
+def peak_resident() -> float:
+    """Largest memory of this process so far, in bytes; nan where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def interleave(
@@ -246,10 +276,12 @@ def interleave(
     context = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
     connections: Dict[str, Connection] = {}
 
-    def receive(name: str) -> Any:  # noqa: ANN401 (a pipe carries anything)
+    def receive(name: str, request: Optional[bool] = None) -> Any:  # noqa: ANN401 (a pipe carries anything)
         try:
+            if request is not None:
+                connections[name].send(request)
             message = connections[name].recv()
-        except EOFError:
+        except (EOFError, OSError):
             message = 'its process was killed, by lack of memory perhaps'
         if isinstance(message, str):
             raise SystemExit(f'benchmark: {name}: {message}')
@@ -264,13 +296,11 @@ def interleave(
         facts[name], times[name] = receive(name), []
     for r in range(args.warmup + args.rounds):
         for name in list(connections)[::-1 if r % 2 else 1]:
-            connections[name].send(True)
-            seconds = receive(name)
+            seconds = receive(name, True)
             if r >= args.warmup:
                 times[name].append(seconds)
-    for name, connection in connections.items():
-        connection.send(False)
-        facts[name]['peak_mib'] = receive(name)
+    for name in connections:
+        facts[name]['peak_mib'] = receive(name, False)
     for process in processes:
         process.join()
     return times, facts

@@ -121,6 +121,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.epochs < 1 or args.batch_size < 2:
         parser.error(f'expected --epochs >= 1 and --batch-size >= 2, got {args.epochs} and {args.batch_size}')
+    if args.size < 8:
+        parser.error(f'expected --size >= 8, the side of the digits, got {args.size}')
+    if not timm.is_model(args.model):
+        parser.error(f'expected the name of a timm model, got {args.model}')
 
     torch.manual_seed(0)
     # Weights that come with the package: those of other models would have to be downloaded.

@@ -134,6 +134,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         args.dtype = 'bfloat16' if bfloat16 else 'float32'
     if args.dtype == 'float16' and not cuda:
         parser.error(f'expected --dtype float32 or bfloat16 on {args.device}, got float16')
+    try:
+        with torch.device('meta'):
+            timm.create_model(args.model, **args.model_kwargs)
+    except Exception as e:  # of any kind, by the model
+        parser.error(
+            'expected a --model and --model-kwargs that timm.create_model takes, got '
+            f'{args.model} and {args.model_kwargs}: {e}')
     if args.output is None:
         budget = args.epochs or f'{args.minutes:g}min'
         args.output = Path('output') / f'{args.model}-{args.schedule}-{budget}-{args.seed}'
@@ -509,6 +516,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # safetensors keeps its files from everybody else
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

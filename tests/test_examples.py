@@ -38,7 +38,9 @@ def test_quickstart(tmp_path):
 
 @pytest.mark.parametrize(('options', 'message'), [
     (['--train-images', '8'], 'at least one batch of 32 training images, got 8'),
-    (['--epochs', '0'], 'expected --epochs >= 1 and --batch-size >= 2, got 0 and 32')])
+    (['--epochs', '0'], 'expected --epochs >= 1 and --batch-size >= 2, got 0 and 32'),
+    (['--size', '0'], 'expected --size >= 8, the side of the digits, got 0'),
+    (['--model', 'gunn'], 'expected the name of a timm model, got gunn')])
 def test_quickstart_says_what_is_wrong(options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['quickstart.py', *options])
     with pytest.raises(SystemExit):
@@ -80,7 +82,10 @@ def test_benchmark_replays_every_product(spec, bench):
     assert ratio == 1 if spec == 'sunn15' else 1 < ratio < 1.15, ratio
 
 
-def test_benchmark_says_what_is_wrong(tmp_path):
+def test_benchmark_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--batch-size', '0'])
+    assert '--batch-size must be at least 1, got 0' in capsys.readouterr().err
     with pytest.raises(SystemExit, match="behind a colon one of composite, folded, products, got 'gunn15:fast'"):
         bench_models(parse_args(['--models', 'gunn15:fast']))
     with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):

@@ -719,6 +719,15 @@ def test_unfit_weights(hub, publish, tmp_path, kind):
     assert not hub.requests
 
 
+def test_weights_that_are_known_under_another_name(hub, publish):
+    """GUNN-15 and SUNN-15 have tensors of the same names and shapes; a bare file does not say which it is of."""
+    path = Path(timm.get_pretrained_cfg('sunn15.c10').file)
+    _, error = publish('--push', checkpoint=path)
+    assert 'holds the weights of sunn15.c10; expected --model sunn15.c10, got gunn15.c10' in error
+    assert not publish.folder.exists()
+    assert not hub.requests
+
+
 def test_folders_are_replaced_whole_or_not_at_all(publish, tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT))
     from weights.publish import replace

@@ -524,6 +524,8 @@ def test_minutes_are_measured_once(main):
     (['--model-kwargs', 'abc'], 'expected --model-kwargs NAME=VALUE'),
     (['--device', 'mps'], 'expected --device cpu or cuda, got mps'),
     (['--dtype', 'float16'], 'expected --dtype float32 or bfloat16 on cpu, got float16'),
+    (['--model', 'gunn'], 'that timm.create_model takes, got gunn and {}: Unknown model'),
+    (['--model-kwargs', 'width=2'], "that timm.create_model takes, got gunn15 and {'width': 2}: "),
 ])
 def test_bad_arguments(options, message, capsys):
     with pytest.raises(SystemExit):

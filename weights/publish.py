@@ -7,10 +7,10 @@ This writes a folder and says what would be uploaded; the same with --push uploa
 model.safetensors (loaded strictly, float32, finite), config.json in timm's format, fingerprint.json (logits of a fixed
 image) and README.md, a model card with the error of that very file on an image folder. A checkpoint has to be of the
 network that it is published as, by its name, arguments and preprocessing; a .safetensors file does not say what it is
-of, and is taken by its shapes. The upload is one commit on the head of the repository as it was found, and none if
-there is nothing new. Then the weights are loaded from that commit into an empty cache, sha256 and logits are compared,
-and the lines that make them the pretrained weights of the model, pinned to the commit, are printed. The token is that
-of `hf auth login` or HF_TOKEN. Needs the extra "examples".
+of, and is taken by its shapes, unless the package knows it under another name. The upload is one commit on the head of
+the repository as it was found, and none if there is nothing new. Then the weights are loaded from that commit into an
+empty cache, sha256 and logits are compared, and the lines that make them the pretrained weights of the model, pinned to
+the commit, are printed. The token is that of `hf auth login` or HF_TOKEN. Needs the extra "examples".
 """
 import argparse
 import hashlib
@@ -44,7 +44,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import timm_gunn
-from timm_gunn.verify import FILENAME, find_config, fingerprint, same_logits, sha256
+from timm_gunn.verify import FILENAME, find_config, fingerprint, known_weights, same_logits, sha256
 
 FILES = ('README.md', 'config.json', 'fingerprint.json', FILENAME)
 PICKLES = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.pkl', '.pickle', '.joblib')
@@ -128,14 +128,18 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
         raise SystemExit(f'{path}: no such file; expected a checkpoint')
     try:
         if path.suffix == '.safetensors':
-            state = safetensors.torch.load_file(path)
+            state, digest = safetensors.torch.load_file(path), sha256(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints have one
                 state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise SystemExit(f'{path} can not be read: {e}') from None
     model = timm.create_model(args.model)
-    if path.suffix != '.safetensors':
+    if path.suffix == '.safetensors':
+        known = [name for name, record in known_weights().items() if record['sha256'] == digest]
+        if known and args.model not in known:
+            raise SystemExit(f'{path} holds the weights of {known[0]}; expected --model {known[0]}, got {args.model}')
+    else:
         key = dict(raw='state_dict', ema='state_dict_ema')[args.weights]
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
             found = f'{list(state)[:5]}' if isinstance(state, dict) else type(state).__name__
@@ -219,6 +223,7 @@ def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
     else:
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
         safetensors.torch.save_file(state, folder / FILENAME, metadata=dict(format='pt'))  # as train_cifar.py has it
+    (folder / FILENAME).chmod((folder / 'config.json').stat().st_mode)  # not for its owner alone, as safetensors has it
     result = evaluate(folder / FILENAME, args)
     record = dict(sha256=sha256(folder / FILENAME), logits=fingerprint(model, model.pretrained_cfg['input_size']))
     if not all(map(math.isfinite, [result['loss'], *record['logits']])):
