@@ -52,19 +52,12 @@ class _Loader:
 def _register():
     try:
         import timm_gunn  # noqa: F401
-    except ModuleNotFoundError as e:
-        if e.name != 'timm_gunn':
-            return _failed(e)
-        _warn('timm-gunn is installed in part, without the package timm_gunn: install or uninstall it again')
     except Exception as e:
-        _failed(e)
-
-
-def _failed(error):
-    version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
-    _warn(
-        f'timm-gunn could not register its models with timm {version} (it needs 1.0.22 or newer): '
-        f'{type(error).__name__}: {error}')
+        version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
+        where = f'with timm {version} (it needs 1.0.22 or newer)'
+        if isinstance(e, ModuleNotFoundError) and e.name == 'timm_gunn':
+            where = 'without its package (install or uninstall it again)'
+        _warn(f'timm-gunn could not register its models {where}: {type(e).__name__}: {e}')
 
 
 def _warn(message):
