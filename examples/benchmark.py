@@ -7,11 +7,11 @@
     python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
 
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:folded` (inference) a model
-with its norms folded by timm, `NAME:products` the matrix products and convolutions of a model's step alone: what it
-would take if all else were free. Every round runs one step of each variant, one after the other, so that a drift of the
-machine's speed meets all of them, and every other round backwards; ratios are taken within a round. Times are medians
-over the rounds, with the interquartile range. A train step is the forward pass, the cross-entropy, the backward pass
-and SGD with Nesterov momentum.
+with its norms folded by timm, `NAME:products` the matrix products and convolutions of a model's step alone, not
+compiled: what it would take if all else were free (attention counts as such). Every round runs one step of each
+variant, one after the other, so that a drift of the machine's speed meets all of them, and every other round backwards;
+ratios are taken within a round. Times are medians over the rounds, with the interquartile range. A train step is the
+forward pass, the cross-entropy, the backward pass and SGD with Nesterov momentum.
 
 Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
 another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
@@ -376,10 +376,11 @@ def bench_models(args: argparse.Namespace) -> None:
                   f'{" | ".join(memory)} |')
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
-                compile=args.compile or '', contiguous=args.contiguous, rounds=args.rounds, seconds=median,
+                compile='' if spec.endswith(':products') else args.compile or '', contiguous=args.contiguous,
+                rounds=args.rounds, seconds=median,
                 seconds_min=min(seconds), seconds_max=max(seconds), reference=reference,
                 ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
-    write_csv(args.csv, rows)
+    write_csv(args.csv, [{k: '' if v != v else v for k, v in row.items()} for row in rows])  # no nan
     if args.plots:
         plot_models(rows, args.plots)
 

@@ -123,13 +123,14 @@ def main() -> None:
         parser.error(f'expected --epochs >= 1 and --batch-size >= 2, got {args.epochs} and {args.batch_size}')
     if args.size < 8:
         parser.error(f'expected --size >= 8, the side of the digits, got {args.size}')
-    if not timm.is_model(args.model):
-        parser.error(f'expected the name of a timm model, got {args.model}')
 
     torch.manual_seed(0)
     # Weights that come with the package: those of other models would have to be downloaded.
     pretrained = args.model.split('.')[0] in timm.list_models(module='gunn') and timm.is_model_pretrained(args.model)
-    model = timm.create_model(args.model, pretrained=pretrained, num_classes=10, in_chans=1)
+    try:
+        model = timm.create_model(args.model, pretrained=pretrained, num_classes=10, in_chans=1)
+    except RuntimeError as e:
+        parser.error(f'expected the name of a timm model, got {args.model}: {e}')
     model.to(memory_format=torch.channels_last)
     print(f'{args.model} with one input channel: {sum(p.numel() for p in model.parameters()):,} parameters')
     images, held_out, labels, held_out_labels = load_images(args.size)

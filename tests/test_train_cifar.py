@@ -526,6 +526,7 @@ def test_minutes_are_measured_once(main):
     (['--dtype', 'float16'], 'expected --dtype float32 or bfloat16 on cpu, got float16'),
     (['--model', 'gunn'], 'that timm.create_model takes, got gunn and {}: Unknown model'),
     (['--model-kwargs', 'width=2'], "that timm.create_model takes, got gunn15 and {'width': 2}: "),
+    (['--model-kwargs', 'num_classes=7'], "got gunn15 and {'num_classes': 7}: timm"),
 ])
 def test_bad_arguments(options, message, capsys):
     with pytest.raises(SystemExit):

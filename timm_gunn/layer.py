@@ -218,7 +218,7 @@ class GunnLayer(nn.Module):
                     return f'activation {type(act).__name__}'
         for c in self._conv_norms():
             if not _is_plain_conv(c.conv):
-                return f'convolution {type(c.conv).__name__}, or its padding or hooks'
+                return f'convolution {type(c.conv).__name__}, or its padding or a weight that is made of others'
             weight_dtype = c.conv.weight.dtype
             if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
                 return f'an input of {x.dtype} and weights of {weight_dtype}'
@@ -372,20 +372,29 @@ class ConvNorm(nn.Module):
 def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
 
-    Raises TypeError for any other class than nn.Conv2d, other padding than zeros and hooks before the convolution:
-    wrappers (low-rank adapters), subclasses (standardised, quantised), parametrisations and torch.nn.utils.prune do
-    more than this slice of the convolution would.
+    Raises TypeError for any other class than nn.Conv2d, other padding than zeros and weights that a hook makes of other
+    parameters: wrappers (low-rank adapters), subclasses (standardised, quantised), parametrisations and
+    torch.nn.utils.prune do more than this slice of the convolution would.
     """
     if not _is_plain_conv(conv):
         raise TypeError(
-            'GunnLayer: expected an nn.Conv2d with zero padding and without forward pre-hooks (as pruning, '
-            f'spectral_norm and weight_norm add them) to take the weights of a unit from, got {conv} with '
-            f'{len(conv._forward_pre_hooks)} hooks.')
+            'GunnLayer: expected an nn.Conv2d with zero padding, and no parameters but weight and bias (as pruning, '
+            'spectral_norm and weight_norm add them), to take the weights of a unit from, got '
+            f'{conv} with {list(conv._parameters)}.')
     return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
 
 
 def _is_plain_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not conv._forward_pre_hooks
+    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and _owns_weight(conv)
+
+
+def _owns_weight(module: nn.Module) -> bool:
+    """Whether a module's weight is its parameter, or a view of a flat one, and not made of others by a hook.
+
+    Pruning and the older spectral_norm and weight_norm leave such others; hooks that only look on, as of those who
+    count operations, leave none.
+    """
+    return module._parameters.keys() <= {'weight', 'bias'}
 
 
 def check_layers(owner: str, **layers: Union[str, Type[nn.Module], None]) -> None:
@@ -401,15 +410,16 @@ def check_norm(norm: nn.Module, channels: int) -> None:
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
     running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
     """
-    if isinstance(norm, (_BatchNorm, nn.Identity)) and not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        return
-    stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
-    per_channel = all(isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats)
-    others = nn.modules.instancenorm._InstanceNorm, nn.BatchNorm1d, nn.BatchNorm3d
-    if not per_channel or isinstance(norm, others):
-        raise TypeError(
-            f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
-            'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
+    others = (
+        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
+    if not isinstance(norm, others):
+        stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
+        if isinstance(norm, (_BatchNorm, nn.Identity)) or all(
+                isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats):
+            return
+    raise TypeError(
+        f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
+        'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
 
 
 def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
@@ -424,12 +434,13 @@ def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
 def fold_norm(module: nn.Module) -> None:
     """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
 
-    Other norms than BatchNorm, SyncBatchNorm and torchvision's frozen one, norms without running statistics, and other
-    classes than nn.Conv2d are left as they are.
+    Other norms than BatchNorm, SyncBatchNorm and torchvision's frozen one, norms without running statistics, other
+    classes than nn.Conv2d, and weights that a hook makes of other parameters are left as they are.
     """
     conv, norm = module.conv, module.bn
     plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
-    if type(conv) is not nn.Conv2d or not plain or norm.running_mean is None:
+    owned = _owns_weight(conv) and _owns_weight(norm)
+    if type(conv) is not nn.Conv2d or not plain or not owned or norm.running_mean is None:
         return
     mean = norm.running_mean
     weight, bias = folded(
@@ -444,11 +455,11 @@ def fold_norm(module: nn.Module) -> None:
 def is_plain(norm: nn.Module) -> bool:
     """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them.
 
-    One with hooks before it is none: its weight may be what they make of other parameters.
+    One whose weight a hook makes of other parameters is none.
     """
     return (
         type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
-        and not norm._forward_pre_hooks)
+        and _owns_weight(norm))
 
 
 def _is_torchvision_frozen(norm: nn.Module) -> bool:
@@ -490,8 +501,10 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     # updates reach the module; counters are copies for all units but the last.
     tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
     channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
-    if parametrize.is_parametrized(norm):
-        raise TypeError(f'GunnLayer: a parametrised norm cannot be applied to the units one by one, got {norm}.')
+    if parametrize.is_parametrized(norm) or (isinstance(norm, _BatchNorm) and not _owns_weight(norm)):
+        raise TypeError(
+            'GunnLayer: a parametrised or pruned norm cannot be applied to the units one by one, got '
+            f'{norm} with {list(norm._parameters)}.')
     check_norm(norm, channels)
     sliced = {}
     for name, t in tensors:
