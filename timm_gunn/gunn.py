@@ -21,7 +21,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_la
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .layer import GunnLayer, check_layers, fold_norm, reset_norm
+from .layer import GunnLayer, check_options, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -176,12 +176,7 @@ class Gunn(nn.Module):
         if len(channels) != len(segments):
             raise ValueError(
                 f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f'Gunn: drop_path_rate must be in [0, 1), got {drop_path_rate!r}.')
-        if drop_path_rate and not residual:
-            raise ValueError(
-                f'Gunn: drop_path_rate={drop_path_rate} needs residual=True: without it a dropped update leaves zeros.')
-        check_layers('Gunn', act_layer=act_layer, norm_layer=norm_layer)
+        check_options('Gunn', residual, act_layer, norm_layer, drop_path_rate=drop_path_rate)
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)

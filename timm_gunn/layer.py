@@ -88,13 +88,7 @@ class GunnLayer(nn.Module):
                 raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
         if channels % segments:
             raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f'GunnLayer: drop_path must be in [0, 1), got {drop_path!r}.')
-        if drop_path and not residual:
-            raise ValueError(
-                f'GunnLayer: drop_path={drop_path} needs residual=True: without x_i a dropped update leaves zeros.')
-
-        check_layers('GunnLayer', act_layer=act_layer, norm_layer=norm_layer)
+        check_options('GunnLayer', residual, act_layer, norm_layer, drop_path=drop_path)
 
         # Plain ints: those of NumPy are none to TorchScript.
         channels, segments, expansion, depth, dilation = map(int, (channels, segments, expansion, depth, dilation))
@@ -218,7 +212,7 @@ class GunnLayer(nn.Module):
                     return f'activation {type(act).__name__}'
         for c in self._conv_norms():
             if not _is_plain_conv(c.conv):
-                return f'convolution {type(c.conv).__name__}, or its padding or a weight that is made of others'
+                return f'convolution {c.conv} with parameters {list(c.conv._parameters)}'
             weight_dtype = c.conv.weight.dtype
             if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
                 return f'an input of {x.dtype} and weights of {weight_dtype}'
@@ -397,9 +391,23 @@ def _owns_weight(module: nn.Module) -> bool:
     return module._parameters.keys() <= {'weight', 'bias'}
 
 
-def check_layers(owner: str, **layers: Union[str, Type[nn.Module], None]) -> None:
-    """Raise TypeError for a layer, by the name of its argument, that is None."""
-    for name, layer in layers.items():
+def check_options(
+        owner: str,
+        residual: bool,
+        act_layer: Union[str, Type[nn.Module], None],
+        norm_layer: Union[str, Type[nn.Module], None],
+        **drop_path: float,
+) -> None:
+    """Check what a layer and a network have in common; the rate of stochastic depth goes by the name it has there.
+
+    Raises ValueError for a rate out of bounds or without a residual, TypeError for a layer that is None.
+    """
+    for name, rate in drop_path.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f'{owner}: {name} must be in [0, 1), got {rate!r}.')
+        if rate and not residual:
+            raise ValueError(f'{owner}: {name}={rate} needs residual=True: without x_i a dropped update leaves zeros.')
+    for name, layer in dict(act_layer=act_layer, norm_layer=norm_layer).items():
         if layer is None:
             raise TypeError(f'{owner}: {name} must be the name of a layer or a class of modules, got None.')
 
