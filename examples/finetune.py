@@ -19,7 +19,7 @@ import timm.scheduler
 import timm.utils
 import torch
 from tqdm import tqdm
-from train_cifar import save_weights
+from train_cifar import check_device, save_weights
 
 
 def load_all_but_classifier(model: torch.nn.Module, path: Path) -> None:
@@ -132,10 +132,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                      f'{args.epochs}, {args.batch_size}, {args.mixup} and {args.lr}')
     if args.img_size is not None and args.img_size < 16:
         parser.error(f'expected --img-size of 16 or more, got {args.img_size}')
-    try:
-        torch.empty(1, device=args.device)
-    except (AssertionError, RuntimeError) as e:
-        parser.error(f'expected a --device that torch finds, got {args.device}: {str(e).splitlines()[0]}')
+    check_device(parser, args.device)
     if args.output.suffix != '.safetensors':
         parser.error(f'expected an --output that ends in .safetensors, got {args.output}')
     finetune(args)

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
-from train_cifar import replacing
+from train_cifar import check_device, replacing
 
 CLASSES = ('background', 'disc', 'square', 'triangle', 'star')
 COLORS = ('#000000', '#e63c3c', '#3cc85a', '#466ef0', '#f0d23c')
@@ -274,9 +274,6 @@ def check_arguments(
                      f'{args.steps}, {args.held_out} and {batch_size}')
     if not args.lr > 0 or args.seed < 0:
         parser.error(f'expected --lr > 0 and --seed >= 0, got {args.lr} and {args.seed}')
-    try:
-        torch.empty(1, device=args.device)
-    except (AssertionError, RuntimeError) as e:
-        parser.error(f'expected a --device that torch finds, got {args.device}: {str(e).splitlines()[0]}')
+    check_device(parser, args.device)
     if args.train_scenes < batch_size:
         parser.error(f'expected at least one batch of {batch_size} scenes, got --train-scenes {args.train_scenes}')

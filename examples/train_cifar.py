@@ -129,6 +129,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     cuda = args.device.startswith('cuda')
     if not cuda and args.device != 'cpu':
         parser.error(f'expected --device cpu or cuda, got {args.device}')
+    check_device(parser, args.device)
     if args.dtype is None:
         bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = 'bfloat16' if bfloat16 else 'float32'
@@ -147,6 +148,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         budget = args.epochs or f'{args.minutes:g}min'
         args.output = Path('output') / f'{args.model}-{args.schedule}-{budget}-{args.seed}'
     return args
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """An error of the parser if there is no such device."""
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as e:
+        parser.error(f'expected a --device that torch finds, got {device}: {str(e).splitlines()[0]}')
 
 
 # --- Data ---

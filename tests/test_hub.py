@@ -203,6 +203,7 @@ def test_dry_run_writes_the_folder(hub, publish, checkpoint, images):
         'README.md', 'config.json', 'fingerprint.json', 'model.safetensors']
     assert f'--push would upload these to https://huggingface.co/{REPO}' in printed
     assert not hub.requests
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # nothing that the owner alone can read
 
     state = raw_weights(checkpoint)
     saved = safetensors.torch.load_file(folder / 'model.safetensors')

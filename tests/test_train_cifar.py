@@ -523,6 +523,7 @@ def test_minutes_are_measured_once(main):
     (['--weight-decay', 'nan'], 'expected --weight-decay >= 0, got nan'),
     (['--model-kwargs', 'abc'], 'expected --model-kwargs NAME=VALUE'),
     (['--device', 'mps'], 'expected --device cpu or cuda, got mps'),
+    (['--device', 'cuda:99'], 'expected a --device that torch finds, got cuda:99: '),
     (['--dtype', 'float16'], 'expected --dtype float32 or bfloat16 on cpu, got float16'),
     (['--model', 'gunn'], 'that timm.create_model takes, got gunn and {}: Unknown model'),
     (['--model-kwargs', 'width=2'], "that timm.create_model takes, got gunn15 and {'width': 2}: "),
@@ -634,7 +635,11 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == 'old'
     write('new', fail=False)
     assert path.read_text() == 'new'
-    assert list(tmp_path.iterdir()) == [path]
+    train_cifar.save_weights(torch.nn.Linear(2, 1), tmp_path / 'weights')
+    assert {p.name for p in tmp_path.iterdir()} == {'file', 'weights'}
+    # safetensors by itself leaves its files to their owner.
+    (tmp_path / 'other').touch()
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
 
 
 @pytest.mark.gpu
