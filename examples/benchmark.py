@@ -19,7 +19,6 @@ Products and convolutions of float32 may round to TF32 on a GPU.
 """
 import argparse
 import csv
-import math
 import multiprocessing
 import os
 import platform
@@ -31,7 +30,7 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 import timm
 import timm.utils
@@ -100,7 +99,7 @@ class Network:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-6, momentum=0.9, nesterov=True)
         self.facts = dict(
             params=sum(p.numel() for p in self.model.parameters()),
-            gmacs=counter.get_total_flops() / 2 / size[0] / 1e9, saved_mib_per_image=0.0)
+            gmacs=counter.get_total_flops() / 2 / size[0] / 1e9, saved_mib_per_image=0.0, compile=args.compile or '')
         if bench == 'train':  # only then: it would be the peak of inference
             saved = saved_bytes(self.forward, self.model)
             self.facts['saved_mib_per_image'] = saved / args.batch_size / 2 ** 20
@@ -124,17 +123,12 @@ class Network:
             self.run(self.x)
 
 
-class Operand(NamedTuple):
-    """Where a tensor lies in memory of a kind: (number of elements, dtype, device, whether it is written to)."""
-
-    memory: Tuple
-    shape: Tuple[int, ...]
-    stride: Tuple[int, ...]
-    offset: int
-
-
 class RecordProducts(TorchDispatchMode):
-    """Keep the calls of products and convolutions, those within the fused operator too, but not what they work on."""
+    """Keep the calls of products and convolutions, those within the fused operator too.
+
+    Operands are replaced by others of their shapes, strides and dtypes. Those in equally large memory share it, so that
+    caches serve them no worse than the step's own.
+    """
 
     def __init__(self):
         super().__init__()
@@ -143,6 +137,7 @@ class RecordProducts(TorchDispatchMode):
         # Run as functions: no mode sees what is called beneath an operator.
         self.functions = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
         self.calls: List[Tuple[Callable, List[Any], Dict[str, Any]]] = []
+        self.memory: Dict[Tuple, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -159,36 +154,23 @@ class RecordProducts(TorchDispatchMode):
     def operand(self, t: Any, written: bool) -> Any:  # noqa: ANN401 (arguments of any kind pass)
         if not isinstance(t, torch.Tensor):
             return t
-        memory = t.untyped_storage().nbytes() // t.itemsize, t.dtype, t.device, written
-        return Operand(memory, t.shape, t.stride(), t.storage_offset())
+        size = t.untyped_storage().nbytes() // t.itemsize
+        key = size, t.dtype, t.device, written  # no product writes to what it reads
+        if key not in self.memory:
+            self.memory[key] = torch.randn(size, dtype=t.dtype, device=t.device)
+        return self.memory[key].as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 class Products:
-    """The matrix products and convolutions of a network's step alone, those that it makes where it is not compiled.
-
-    Their operands have the shapes, strides and dtypes of the step's. Those in memory of one kind share it, so that
-    caches serve them no worse than the step's own.
-    """
+    """The matrix products and convolutions of a network's step alone, those that it makes where it is not compiled."""
 
     def __init__(self, spec: str, bench: str, args: argparse.Namespace):
         network = Network(spec, bench, argparse.Namespace(**{**vars(args), 'compile': None}))
         with RecordProducts() as recorder:
             getattr(network, bench)()
-        self.facts = {**network.facts, 'saved_mib_per_image': math.nan}
-        del network
-        memory: Dict[Tuple, torch.Tensor] = {}
-
-        def tensor(o: Any) -> Any:  # noqa: ANN401 (arguments of any kind pass)
-            if not isinstance(o, Operand):
-                return o
-            if o.memory not in memory:
-                size, dtype, device, _ = o.memory
-                memory[o.memory] = torch.randn(size, dtype=dtype, device=device)
-            return memory[o.memory].as_strided(*o[1:])
-
-        self.calls = [
-            (op, [tensor(o) for o in args], {k: tensor(o) for k, o in kwargs.items()})
-            for op, args, kwargs in recorder.calls]
+        self.calls = recorder.calls
+        # Its memory would be that of the recording.
+        self.facts = {**network.facts, 'saved_mib_per_image': None, 'peak_mib': None}
 
     @torch.no_grad()
     def inference(self) -> None:
@@ -253,18 +235,19 @@ def serve(connection: Connection, build: Callable[[], Any], bench: str, device: 
         connection.send(variant.facts)
         while connection.recv():
             connection.send(timed(step, device))
-        connection.send((torch.cuda.max_memory_allocated() if cuda else peak_resident()) / 2 ** 20)
+        connection.send(torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_resident_mib())
     except Exception as e:
         connection.send(f'{type(e).__name__}: {e}')
 
 
-def peak_resident() -> float:
-    """Largest memory of this process so far, in bytes; nan where the system does not tell."""
+def peak_resident_mib() -> Optional[float]:
+    """Largest memory of this process so far; None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == 'darwin' else 10)
 
 
 def interleave(
@@ -300,7 +283,7 @@ def interleave(
             if r >= args.warmup:
                 times[name].append(seconds)
     for name in connections:
-        facts[name]['peak_mib'] = receive(name, False)
+        facts[name].setdefault('peak_mib', receive(name, False))
     for process in processes:
         process.join()
     return times, facts
@@ -367,20 +350,18 @@ def bench_models(args: argparse.Namespace) -> None:
             median = statistics.median(seconds)
             ratio = ratios(seconds, times[reference]) if reference in times else None
             fact = facts[spec]
-            if spec.endswith(':products'):  # its peak is that of the recording
-                fact['peak_mib'] = math.nan
-            memory = ['' if math.isnan(m) else f'{m:.{digits}f}' for m, digits in (
-                (fact['saved_mib_per_image'], 1), (fact['peak_mib'], 0))]
+            compiled = fact.pop('compile')
+            memory = ['' if fact[k] is None else f'{fact[k]:.{digits}f}' for k, digits in (
+                ('saved_mib_per_image', 1), ('peak_mib', 0))]
             print(f'| `{spec}` | {spread([1e3 * s for s in seconds], 0)} | {spread(ratio, 2) if ratio else ""} | '
                   f'{args.batch_size / median:.4g} | {passes * fact["gmacs"] * args.batch_size / median:.4g} | '
                   f'{" | ".join(memory)} |')
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
-                compile='' if spec.endswith(':products') else args.compile or '', contiguous=args.contiguous,
-                rounds=args.rounds, seconds=median,
+                compile=compiled, contiguous=args.contiguous, rounds=args.rounds, seconds=median,
                 seconds_min=min(seconds), seconds_max=max(seconds), reference=reference,
                 ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
-    write_csv(args.csv, [{k: '' if v != v else v for k, v in row.items()} for row in rows])  # no nan
+    write_csv(args.csv, rows)
     if args.plots:
         plot_models(rows, args.plots)
 
@@ -516,7 +497,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def plot_models(rows: List[Dict[str, object]], folder: Path) -> None:
-    rows = [r for r in rows if r['bench'] == 'train' and not math.isnan(r['saved_mib_per_image'])]
+    rows = [r for r in rows if r['bench'] == 'train' and r['saved_mib_per_image'] is not None]
     if not rows:
         return
     import matplotlib

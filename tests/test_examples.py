@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ import model_table
 import quickstart
 import results_table
 import train_cifar
-from benchmark import Network, Products, bench_models, bench_sweep, parse_args
+from benchmark import Network, Products, bench_models, bench_sweep, interleave, parse_args
 from tiny_imagenet import arrange
 
 
@@ -55,14 +58,17 @@ def test_model_table_is_that_of_the_readme(capsys):
 
 def test_benchmark(tmp_path):
     result = run(
-        'benchmark.py', '--models', 'gunn15', 'gunn15:composite', '--bench', 'train', '--img-size', '8',
-        '--batch-size', '2', '--rounds', '2', '--warmup', '0', '--csv', 'rows.csv', cwd=tmp_path)
+        'benchmark.py', '--models', 'gunn15', 'gunn15:composite', 'gunn15:products', '--bench', 'train',
+        '--img-size', '8', '--batch-size', '2', '--rounds', '2', '--warmup', '0', '--csv', 'rows.csv', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     with open(tmp_path / 'rows.csv', newline='') as f:
-        fused, composite = csv.DictReader(f)
+        fused, composite, products = csv.DictReader(f)
     assert float(fused['saved_mib_per_image']) < float(composite['saved_mib_per_image'])
     assert fused['gmacs'] == composite['gmacs']
     assert 'benchmark.py --models gunn15' in fused['command']
+    assert float(products['seconds']) > 0
+    assert float(fused['peak_mib']) > 0
+    assert products['saved_mib_per_image'] == products['peak_mib'] == ''
 
 
 @pytest.mark.parametrize(('spec', 'bench'), [('gunn15', 'train'), ('gunn15', 'inference'), ('sunn15', 'train')])
@@ -94,6 +100,26 @@ def test_benchmark_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit, match='benchmark: gunn15: RuntimeError: '):
         bench_models(parse_args(['--models', 'gunn15', '--device', 'nowhere', '--csv', str(tmp_path / 'rows.csv')]))
     assert not (tmp_path / 'rows.csv').exists()
+
+
+class Variant:
+    """One whose process is killed while the others run."""
+
+    def __init__(self, killed):
+        self.killed, self.facts, self.steps = killed, {}, 0
+
+    def train(self):
+        self.steps += 1
+        if self.killed and self.steps == 2:
+            threading.Timer(0.1, os._exit, [9]).start()
+        elif not self.killed:
+            time.sleep(1)
+
+
+def test_benchmark_whose_process_is_killed():
+    args = parse_args(['--rounds', '3', '--warmup', '0'])
+    with pytest.raises(SystemExit, match='benchmark: first: its process was killed, by lack of memory perhaps'):
+        interleave({'first': partial(Variant, True), 'second': partial(Variant, False)}, 'train', args)
 
 
 RESULTS = '''\
