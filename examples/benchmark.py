@@ -421,8 +421,8 @@ def bench_roofline(args: argparse.Namespace) -> None:
     for layer, pixels in layers:
         flops, num_bytes = layer_work(layer, args.batch_size * pixels ** 2, 4 if args.dtype == 'float32' else 2)
         config = dict(
-            channels=layer.channels, segments=layer.segments, pixels=pixels, expansion=layer.units[0].conv1.rows
-            * layer.segments // layer.channels, depth=len(layer.units), shortcut=layer.proj is not None,
+            channels=layer.channels, segments=layer.segments, pixels=pixels, expansion=layer.bottlenecks[0].conv1.rows
+            * layer.segments // layer.channels, depth=len(layer.bottlenecks), shortcut=layer.proj is not None,
             residual=layer.residual)
         times, _ = interleave({'layer': partial(SingleLayer, **config, ordered=True, args=args)}, 'train', args)
         by_flops, by_bytes = 1e3 * flops / flops_per_second, 1e3 * num_bytes / bytes_per_second
@@ -446,8 +446,8 @@ def layer_work(layer: GunnLayer, rows: int, itemsize: int) -> Tuple[float, float
     Every operation of fused.py is taken to read its operands from memory and to write its result there, in matrices of
     `rows` rows. Caches, in which the matrices of a unit may stay, make it less.
     """
-    n, p, depth = layer.channels, layer.segments, len(layer.units)
-    e, o = layer.units[0].conv1.rows, n // p
+    n, p, depth = layer.channels, layer.segments, len(layer.bottlenecks)
+    e, o = layer.bottlenecks[0].conv1.rows, n // p
     forward_block, backward_block = (
         min(p, max(1, columns // o)) for columns in (fused.FORWARD_BLOCK, fused.BACKWARD_BLOCK))
     # Of each of a bottleneck's two hidden matrices. Forward: written by its convolution, statistics, norm (read and

@@ -47,11 +47,11 @@ class Unit(nn.Module):
     def __init__(self, n, p, k, m, shortcut, dilation, act, norm):
         super().__init__()
         o, e = n // p, k * n // p
-        self.units = nn.Sequential(*[Bottleneck(o if j else n, e, o, dilation, act, norm) for j in range(m)])
+        self.bottlenecks = nn.Sequential(*[Bottleneck(o if j else n, e, o, dilation, act, norm) for j in range(m)])
         self.proj = ConvNorm(n, o, 1, 1, norm) if shortcut else None
 
     def forward(self, s):
-        return self.units(s) if self.proj is None else self.proj(s) + self.units(s)
+        return self.bottlenecks(s) if self.proj is None else self.proj(s) + self.bottlenecks(s)
 
 
 class ReferenceLayer(nn.Module):

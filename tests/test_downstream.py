@@ -87,8 +87,8 @@ def test_smp_weights(tmp_path):
     with pytest.raises(RuntimeError, match='No pretrained weights exist for gunn18'):
         smp.Unet('tu-gunn18')
     model = smp.Unet('tu-gunn15', encoder_weights=True, encoder_depth=2, decoder_channels=(64, 32))
-    weights = timm.create_model('gunn15', pretrained=True).stage3.layer.units[0].conv1.conv.weight
-    assert torch.equal(model.encoder.model.stage3.layer.units[0].conv1.conv.weight, weights)
+    weights = timm.create_model('gunn15', pretrained=True).stage3.layer.bottlenecks[0].conv1.conv.weight
+    assert torch.equal(model.encoder.model.stage3.layer.bottlenecks[0].conv1.conv.weight, weights)
     source = randomised('gunn18')
     torch.save(dict(state_dict=source.state_dict()), tmp_path / 'last.pth.tar')
     model = smp.Unet(

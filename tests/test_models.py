@@ -274,14 +274,12 @@ def test_reset_classifier(name, tmp_path):
 def test_initialisation(name):
     torch.manual_seed(0)
     model = timm.create_model(name)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, GunnLayer)}
     checked = 0
     for conv_name, conv in model.named_modules():
         if not isinstance(conv, nn.Conv2d):
             continue
-        layer = next((m for n, m in layers.items() if conv_name.startswith(n + '.')), None)
-        out = conv.out_channels // (layer.segments if layer else 1)
-        expected = math.sqrt(2 / (conv.kernel_size[0] ** 2 * out))
+        chs = conv.in_channels // conv.groups if '.layer.' in conv_name else conv.out_channels
+        expected = math.sqrt(2 / (conv.kernel_size[0] ** 2 * chs))
         assert conv.weight.std().item() == pytest.approx(expected, rel=0.05), conv_name
         checked += 1
     assert checked == {'gunn15': 4 * 3 + 5, 'gunn18': 3 * 4 + 5}[name]
@@ -407,9 +405,9 @@ def test_group_matcher(name):
     stages = len(model.feature_names) - (name in IMAGENET)
     assert coarse['stem.conv.weight'] == fine['stem.conv.weight'] == 0
     for i in range(1, stages + 1):
-        assert coarse[f'stage{i}.conv.weight'] == coarse[f'stage{i}.layer.units.0.conv1.conv.weight'] == i
+        assert coarse[f'stage{i}.conv.weight'] == coarse[f'stage{i}.layer.bottlenecks.0.conv1.conv.weight'] == i
         assert fine[f'stage{i}.conv.weight'] == fine[f'stage{i}.bn.bias'] == 2 * i - 1
-        assert fine[f'stage{i}.layer.units.0.conv1.conv.weight'] == 2 * i
+        assert fine[f'stage{i}.layer.bottlenecks.0.conv1.conv.weight'] == 2 * i
     if name in CIFAR:
         assert (coarse['final_conv.conv.weight'], fine['final_conv.conv.weight']) == (stages, 2 * stages)
     assert (coarse['head.fc.weight'], fine['head.fc.weight']) == (stages + 1, 2 * stages + 1)
@@ -443,7 +441,7 @@ def test_grad_checkpointing(name, features_only, reentrant):
         timm.layers.set_reentrant_ckpt(False)
     assert_close(grads_ckpt, grads)
     assert_close(buffers_ckpt, buffers)
-    assert int(buffers_ckpt['stage2.layer.units.0.conv1.bn.num_batches_tracked']) == 2
+    assert int(buffers_ckpt['stage2.layer.bottlenecks.0.conv1.bn.num_batches_tracked']) == 2
 
 
 @pytest.mark.parametrize('features_only', [False, True])

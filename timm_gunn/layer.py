@@ -100,7 +100,7 @@ class GunnLayer(nn.Module):
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         hidden_chs = expansion * channels
-        self.units = nn.Sequential(*[
+        self.bottlenecks = nn.Sequential(*[
             Bottleneck(
                 channels, hidden_chs, segments,
                 # The first bottleneck of a unit reads every channel, those stacked on it only their own unit's.
@@ -115,7 +115,7 @@ class GunnLayer(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Draw every convolution from N(0, sqrt(2 / (k * k * out))), `out` of one unit; reset its norm."""
+        """Draw every convolution from N(0, sqrt(2 / fan_in)); reset its norm."""
         for m in self.modules():
             if isinstance(m, ConvNorm):
                 m.reset_parameters()
@@ -137,7 +137,7 @@ class GunnLayer(nn.Module):
         return self._forward_simultaneous(x)
 
     def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
-        update = self.units(x)
+        update = self.bottlenecks(x)
         if self.proj is not None:
             update = self.proj(x) + update
         kept = self._kept(x)
@@ -152,8 +152,8 @@ class GunnLayer(nn.Module):
         for i in range(self.segments):
             s = torch.cat(state, 1)  # y_1 ... y_{i-1}, x_i ... x_P
             update = s
-            for unit in self.units:
-                update = unit.forward_unit(update, i)
+            for bottleneck in self.bottlenecks:
+                update = bottleneck.forward_unit(update, i)
             if self.proj is not None:
                 update = self.proj.forward_unit(s, i) + update
             if kept is not None:
@@ -169,7 +169,7 @@ class GunnLayer(nn.Module):
             x = x.to(dtype)
         y, stats, _ = ordered_update(
             x, params, None if kept is None else kept.flatten(1),
-            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.units[0].conv2.conv.dilation[0],
+            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.bottlenecks[0].conv2.conv.dilation[0],
             self.residual, dtype,
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -180,7 +180,7 @@ class GunnLayer(nn.Module):
 
     def _conv_norms(self) -> 'List[ConvNorm]':
         """In the order of ordered_update's parameters."""
-        convs = [c for unit in self.units for c in (unit.conv1, unit.conv2, unit.conv3)]
+        convs = [c for b in self.bottlenecks for c in (b.conv1, b.conv2, b.conv3)]
         return convs if self.proj is None else convs + [self.proj]
 
     def _can_fuse(self, x: torch.Tensor) -> bool:
@@ -206,8 +206,8 @@ class GunnLayer(nn.Module):
             return f'an input of {x.dtype} under autocast to {dtype}'
         autocast = _autocasts(x)
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        for unit in self.units:
-            for act in (unit.act1, unit.act2):
+        for bottleneck in self.bottlenecks:
+            for act in (bottleneck.act1, bottleneck.act2):
                 if type(act) is not nn.ReLU:
                     return f'activation {type(act).__name__}'
         for c in self._conv_norms():
@@ -313,14 +313,13 @@ class ConvNorm(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Initialise each unit's convolution by its own fan, not by that of the stack, and reset the norm.
+        """Draw the convolution at fan-in scale, N(0, sqrt(2 / fan_in)), and reset the norm.
 
-        The running variance starts at what inputs of variance 1 give. From 1, a fresh network in eval mode, or with
-        frozen norms, would amplify its state in unit after unit: a unit reads N channels, but its fan_out is small.
+        The paper's code takes a unit's fan-out instead. A unit reads many channels and writes few, so that its weights
+        are large and learn slowly at first.
         """
-        std = (2.0 / (self.rows * self.conv.weight[0, 0].numel())) ** 0.5
-        nn.init.normal_(self.conv.weight, std=std)
-        reset_norm(self.bn, running_var=std ** 2 * self.conv.weight[0].numel())
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity='relu')
+        reset_norm(self.bn)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -430,12 +429,12 @@ def check_norm(norm: nn.Module, channels: int) -> None:
         'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
 
 
-def reset_norm(norm: nn.Module, running_var: float = 1.0) -> None:
-    """Set weight 1, bias 0 and initial running statistics in a norm of any class that check_norm admits."""
-    values = {'weight': 1.0, 'running_var': running_var}
+def reset_norm(norm: nn.Module) -> None:
+    """Set weight and running variance 1, all else 0 in a norm of any class that check_norm admits."""
+    ones = 'weight', 'running_var'
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
-            t.fill_(values.get(name.rpartition('.')[2], 0.0))
+            t.fill_(name.rpartition('.')[2] in ones)
 
 
 @torch.no_grad()
