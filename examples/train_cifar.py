@@ -82,7 +82,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     model.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'],
                        help='of the computation, 16 bits by autocast (default: bfloat16 on GPUs, float32 on CPUs)')
     model.add_argument('--compile', nargs='?', const='default', metavar='MODE',
-                       help="torch.compile, with a mode ('reduce-overhead' captures CUDA graphs)")
+                       help='torch.compile, with a mode')
+    model.add_argument('--graphs', action='store_true', help='capture forward and backward pass as CUDA graphs')
     recipe = parser.add_argument_group('recipe')
     recipe.add_argument('--epochs', type=int, help='(default: 300)')
     recipe.add_argument('--minutes', type=float,
@@ -133,6 +134,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if args.dtype is None:
         bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = 'bfloat16' if bfloat16 else 'float32'
+    if args.graphs and not cuda:
+        parser.error(f'expected --device cuda for --graphs, got {args.device}')
     if args.dtype == 'float16' and not cuda:
         parser.error(f'expected --dtype float32 or bfloat16 on {args.device}, got float16')
     try:
@@ -294,7 +297,10 @@ class Run:
             raise SystemExit(f'{args.model} is normalised for {tag}; expected another tag for --dataset {args.dataset}')
         config = timm.data.resolve_model_data_config(self.model)
         self.mean, self.std = (torch.tensor(config[k], device=args.device) for k in ('mean', 'std'))
+        self.ema = timm.utils.ModelEmaV3(self.model, decay=args.ema) if args.ema else None
         self.forward = torch.compile(self.model, mode=args.compile) if args.compile else self.model
+        if args.graphs:
+            self.capture(data.train.images[:args.batch_size])
         self.steps = num_images // args.batch_size
         self.num_images = num_images
         self.optimizer = torch.optim.SGD(
@@ -302,7 +308,6 @@ class Run:
             nesterov=args.momentum > 0, weight_decay=args.weight_decay, fused=args.device.startswith('cuda'))
         self.scheduler = make_scheduler(self.optimizer, args.schedule, args.epochs, self.steps, args.cycles)
         self.scaler = torch.amp.GradScaler(enabled=args.dtype == 'float16')
-        self.ema = timm.utils.ModelEmaV3(self.model, decay=args.ema) if args.ema else None
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         self.step = 0  # since the start of the run
         self.rate = 0.0  # of the last step
@@ -319,6 +324,14 @@ class Run:
         if self.args.dtype == 'float32':
             return nullcontext()
         return torch.autocast(self.args.device.split(':')[0], getattr(torch, self.args.dtype))
+
+    def capture(self, images: torch.Tensor) -> None:
+        """Let the model replay CUDA graphs in training mode."""
+        buffers = [t.clone() for t in self.model.buffers()]
+        with torch.autocast('cuda', getattr(torch, self.args.dtype), self.args.dtype != 'float32', cache_enabled=False):
+            torch.cuda.make_graphed_callables(self.model.train(), (normalise(images, self.mean, self.std),))
+        for t, before in zip(self.model.buffers(), buffers, strict=True):  # the warm-up has changed them
+            t.copy_(before)
 
     def order(self, epoch: int) -> torch.Tensor:
         """Indices of the images in an epoch, one row a batch; not part of the state, since seed and epoch give it."""
@@ -351,10 +364,11 @@ class Run:
     def log_probs(self, model: nn.Module, forward: Callable, split: Split) -> torch.Tensor:
         """Of the classes, (n, classes) float64."""
         model.eval()
+        batches = split.images.split(256 if self.args.device == 'cpu' else 1000)
         with torch.inference_mode():
             return torch.cat([
                 forward(normalise(images, self.mean, self.std)).double().log_softmax(1)
-                for images in bar(split.images.split(256), desc='evaluating', unit='batch')])
+                for images in bar(batches, desc='evaluating', unit='batch')])
 
     def finite(self) -> bool:
         """Whether losses and weights are."""
