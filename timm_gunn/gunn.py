@@ -8,9 +8,11 @@ stage's width) followed by a single GUNN layer. Where the paper and the code its
 networks follow the code, with which the published parameter counts agree: units of the CIFAR networks carry a
 projection shortcut, and the transitions of the ImageNet networks pool before their convolution.
 """
+import json
 import logging
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
@@ -407,7 +409,19 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
+@cache
+def _find_weights(variant: str) -> Optional[str]:
+    """Tag of the first of a network's weights that are there; the log says so, once, if they are not its default."""
+    default, *others = default_cfgs[variant].tags
+    tag = next((t for t in (default, *others) if default_cfgs[variant].cfgs[t].has_weights), None)
+    if tag not in (None, default):
+        _logger.warning(f'There are no {variant}.{default} weights yet, pretrained=True loads {variant}.{tag}.')
+    return tag
+
+
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
+    if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
+        kwargs['pretrained_cfg'] = _find_weights(variant)
     out_indices = tuple(range(len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')))  # the stem of the latter
     return build_model_with_cfg(
         Gunn, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
@@ -429,6 +443,12 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+@cache
+def _labels() -> Dict[str, Any]:
+    """Names of the classes by tag, in the order of the logits; those of Tiny ImageNet with what they mean."""
+    return json.loads((Path(__file__).parent / 'labels.json').read_text())
+
+
 def _cifar_cfg(num_classes: int, mean: Tuple[float, ...], std: Tuple[float, ...], **kwargs) -> Dict[str, Any]:
     """Config of a CIFAR network, mean and std in units of 1 / 255."""
     return _cfg(
@@ -437,11 +457,21 @@ def _cifar_cfg(num_classes: int, mean: Tuple[float, ...], std: Tuple[float, ...]
 
 
 def _c10_cfg(**kwargs) -> Dict[str, Any]:
-    return _cifar_cfg(10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), **kwargs)
+    return _cifar_cfg(
+        10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), label_names=tuple(_labels()['c10']), **kwargs)
 
 
 def _c100_cfg(**kwargs) -> Dict[str, Any]:
-    return _cifar_cfg(100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), **kwargs)
+    return _cifar_cfg(
+        100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), label_names=tuple(_labels()['c100']), **kwargs)
+
+
+def _tiny_cfg(**kwargs) -> Dict[str, Any]:
+    """Config for Tiny ImageNet: 200 classes of ImageNet, images of 64 x 64 pixels."""
+    labels = _labels()['tiny_in']
+    return _cfg(
+        num_classes=200, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0,
+        label_names=tuple(labels), label_descriptions=labels, **kwargs)
 
 
 def _shipped(name: str) -> Optional[str]:
@@ -465,7 +495,8 @@ default_cfgs = generate_default_cfgs({
     'gunn24.c100': _c100_cfg(),
     'sunn24.c10': _c10_cfg(),
     'sunn24.c100': _c100_cfg(),
-    'gunn18.in1k': _cfg(),
+    'gunn18.tiny_in': _tiny_cfg(file=_shipped('gunn18.tiny_in')),
+    'gunn18.in1k*': _cfg(),  # the default without weights too, as it comes after those that have some
     'sunn18.in1k': _cfg(),
     'wide_gunn18.in1k': _cfg(),
 })
