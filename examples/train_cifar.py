@@ -550,7 +550,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    """Matrices and kernels in float16, half the size; norms and biases as they are."""
+    state = model.state_dict()
+    tensors = {k: (v.half() if v.ndim > 1 else v).detach().cpu().contiguous() for k, v in state.items()}
     with replacing(path) as part:
         safetensors.torch.save_file(tensors, part, metadata=dict(format='pt'))
 

@@ -673,7 +673,7 @@ def broken(path, kind):
         return dict(state_dict=raw), f'{name} has values that are not finite'
     if kind == 'float16':
         raw[name] = raw[name].half()
-        return dict(state_dict=raw), f'expected float32, got {name} in torch.float16'
+        return dict(state_dict=raw), f'expected torch.float32, got {name} in torch.float16'
     if kind == 'missing':
         del raw[name]
         return dict(state_dict=raw), f'does not fit {MODEL}: '

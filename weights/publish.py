@@ -4,7 +4,7 @@
         --data-dir cifar10 --dataset-name CIFAR-10 --training-command 'python examples/train_cifar.py ...'
 
 This writes a folder and says what would be uploaded; the same with --push uploads it. The folder holds
-model.safetensors (loaded strictly, float32, finite), config.json in timm's format, fingerprint.json (logits of a fixed
+model.safetensors (loaded strictly, finite), config.json in timm's format, fingerprint.json (logits of a fixed
 image) and README.md, a model card with the error of that very file on an image folder. A checkpoint has to be of the
 network that it is published as, by its name, arguments and preprocessing; a .safetensors file does not say what it is
 of, and is taken by its shapes, unless the package knows it under another name. The upload is one commit on the head of
@@ -49,7 +49,7 @@ from timm_gunn.verify import FILENAME, find_config, fingerprint, known_weights, 
 FILES = ('README.md', 'config.json', 'fingerprint.json', FILENAME)
 PICKLES = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.pkl', '.pickle', '.joblib')
 HARMLESS = {'fused', 'drop_rate', 'drop_path_rate'}  # arguments of a model without which it computes the same
-CONFIGS = dict(c10='_c10_cfg', c100='_c100_cfg', in1k='_cfg')  # in timm_gunn/gunn.py, by tag
+CONFIGS = dict(c10='_c10_cfg', c100='_c100_cfg', tiny_in='_tiny_cfg', in1k='_cfg')  # in timm_gunn/gunn.py, by tag
 
 CITATION = '''@inproceedings{Gunn,
   title = {Gradually Updated Neural Networks for Large-Scale Image Recognition},
@@ -151,9 +151,10 @@ def load_weights(args: argparse.Namespace) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError as e:
         raise SystemExit(f'{path} does not fit {args.model}: {e}') from None
+    stored = (torch.float32, torch.float16) if path.suffix == '.safetensors' else (torch.float32,)
     for name, t in state.items():
-        if t.is_floating_point() and t.dtype != torch.float32:
-            raise SystemExit(f'{path}: expected float32, got {name} in {t.dtype}')
+        if t.is_floating_point() and t.dtype not in stored:
+            raise SystemExit(f'{path}: expected {" or ".join(map(str, stored))}, got {name} in {t.dtype}')
         if not t.isfinite().all():
             raise SystemExit(f'{path}: {name} has values that are not finite')
     return model.eval()
@@ -275,7 +276,7 @@ timm-gunn.
 - Parameters: {sum(p.numel() for p in model.parameters()):,}
 - Image size: {size}
 - Data set: {args.dataset_name}
-- Weights: {dict(raw='raw, not averaged', ema='moving average (EMA)')[args.weights]}, float32
+- Weights: {dict(raw='raw, not averaged', ema='moving average (EMA)')[args.weights]}
 - sha256 of `{FILENAME}`: `{digest}`
 - License of the weights: {args.license}; the terms of the data set hold as well
 
