@@ -1,7 +1,8 @@
 """Time and memory of GUNN beside SUNN, the composite of its modules and timm's networks, in one interleaved run.
 
     python examples/benchmark.py                              # GUNN-18 and its baselines at 224 pixels
-    python examples/benchmark.py --device cuda --dtype bfloat16 --batch-size 128
+    python examples/benchmark.py --device cuda --dtype bfloat16 --batch-size 128 --graphs
+    python examples/benchmark.py --profile --models gunn18    # the most expensive calls of a train step
     python examples/benchmark.py --models gunn15 sunn15 --img-size 32 --batch-size 64
     python examples/benchmark.py --sweep 400x56 1600x14       # one layer, over the number of segments
     python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
@@ -11,11 +12,12 @@ with its norms folded by timm, `NAME:products` the matrix products and convoluti
 compiled: what it would take if all else were free (attention counts as such). Every round runs one step of each
 variant, one after the other, so that a drift of the machine's speed meets all of them, and every other round backwards;
 ratios are taken within a round. Times are medians over the rounds, with the interquartile range. A train step is the
-forward pass, the cross-entropy, the backward pass and SGD with Nesterov momentum.
+forward pass, the cross-entropy, the backward pass and SGD with Nesterov momentum. With `--graphs`, every network also
+runs with its forward and backward pass captured in a CUDA graph; its ratio is to the reference in graphs.
 
 Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
 another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
-Products and convolutions of float32 may round to TF32 on a GPU.
+Products and convolutions of float32 may round to TF32 on a GPU, and cuDNN tries its kernels first, as with timm.
 """
 import argparse
 import csv
@@ -64,6 +66,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--contiguous', action='store_true', help='instead of channels-last memory')
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
                         help='torch.compile in this mode; reduce-overhead captures CUDA graphs (default: not compiled)')
+    parser.add_argument('--graphs', action='store_true', help='every network in CUDA graphs too, beside eager')
+    parser.add_argument('--profile', action='store_true', help='list the most expensive calls of one train step')
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--csv', type=Path, help='append a row per variant to this file')
@@ -72,6 +76,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for name, low in dict(rounds=1, warmup=0, batch_size=1, img_size=1).items():
         if getattr(args, name) < low:
             parser.error(f'--{name.replace("_", "-")} must be at least {low}, got {getattr(args, name)}')
+    if args.graphs and not args.device.startswith('cuda'):
+        parser.error(f'--graphs needs --device cuda, got {args.device}')
     if args.csv and args.csv.exists():
         kind = 'gunn_seconds' if args.sweep else 'flops' if args.roofline else 'bench'
         with open(args.csv, newline='') as f:
@@ -83,9 +89,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 class Network:
     """A network of timm with what it takes to run one step of it."""
 
-    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
+    def __init__(self, spec: str, bench: str, args: argparse.Namespace, graphs: bool = False):
         name, _, kind = spec.partition(':')
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device, self.graphs = args, torch.device(args.device), graphs
         self.model = timm.create_model(name, **({'fused': False} if kind == 'composite' else {}))
         if kind == 'folded':
             self.model = timm.utils.reparameterize_model(self.model)
@@ -96,7 +102,8 @@ class Network:
         self.model.to(self.device, memory_format=memory_format)
         self.x = torch.randn(args.batch_size, *size[1:], device=self.device).contiguous(memory_format=memory_format)
         self.target = torch.zeros(args.batch_size, dtype=torch.long, device=self.device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-6, momentum=0.9, nesterov=True)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), 1e-6, momentum=0.9, nesterov=True, fused=self.device.type == 'cuda')
         self.facts = dict(
             params=sum(p.numel() for p in self.model.parameters()),
             gmacs=counter.get_total_flops() / 2 / size[0] / 1e9, saved_mib_per_image=0.0, compile=args.compile or '')
@@ -110,17 +117,35 @@ class Network:
             return self.model.train()(self.x)
 
     def train(self) -> None:
+        self.forward_backward()
+        self.optimizer.step()
+
+    def forward_backward(self) -> None:
         self.model.train()
         self.optimizer.zero_grad()
         with autocast(self.args):
             loss = F.cross_entropy(self.run(self.x), self.target)
         loss.backward()
-        self.optimizer.step()
 
     def inference(self) -> None:
         self.model.eval()
         with torch.no_grad(), autocast(self.args):
             self.run(self.x)
+
+    def capture(self, bench: str) -> None:
+        """Replay a CUDA graph in place of all but the optimizer's step from here on."""
+        name = 'forward_backward' if bench == 'train' else bench
+        run = getattr(self, name)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is allocated or chosen once must be so before the capture
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        setattr(self, name, graph.replay)
 
 
 class RecordProducts(TorchDispatchMode):
@@ -223,18 +248,21 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> 
 
 
 def serve(connection: Connection, build: Callable[[], Any], bench: str, device: str) -> None:
-    """Time a step whenever one is asked for, in a process of its own; send what went wrong if something did."""
+    """Build when told so, then time a step whenever one is asked for; send what went wrong if something did."""
     cuda = device.startswith('cuda')
     torch.set_float32_matmul_precision('high')  # as of cuDNN's convolutions
+    torch.backends.cudnn.benchmark = True
     try:
+        connection.recv()
         variant = build()
-        step = getattr(variant, bench)
-        step()
+        getattr(variant, bench)()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+        if getattr(variant, 'graphs', False):
+            variant.capture(bench)
         connection.send(variant.facts)
         while connection.recv():
-            connection.send(timed(step, device))
+            connection.send(timed(getattr(variant, bench), device))
         connection.send(torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_resident_mib())
     except Exception as e:
         connection.send(f'{type(e).__name__}: {e}')
@@ -254,8 +282,12 @@ def interleave(
         builders: Dict[str, Callable[[], Any]],
         bench: str,
         args: argparse.Namespace,
+        failed: Optional[List[str]] = None,
 ) -> Tuple[Dict[str, List[float]], Dict[str, Dict[str, float]]]:
-    """Seconds of every variant's step in every round, and what else there is to know about it."""
+    """Seconds of every variant's step in every round, and what else there is to know about it.
+
+    A variant that cannot be built ends the run, unless there is a list for its name and others are left.
+    """
     context = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
     connections: Dict[str, Connection] = {}
 
@@ -276,7 +308,15 @@ def interleave(
         processes.append(context.Process(target=serve, args=(theirs, build, bench, args.device), daemon=True))
         processes[-1].start()
         theirs.close()
-        facts[name], times[name] = receive(name), []
+    for name in builders:  # one after the other: cuDNN chooses its kernels by their times
+        try:
+            facts[name], times[name] = receive(name, True), []
+        except SystemExit as e:
+            if failed is None or len(connections) == 1:
+                raise
+            print(e, flush=True)
+            failed.append(name)
+            del connections[name]
     for r in range(args.warmup + args.rounds):
         for name in list(connections)[::-1 if r % 2 else 1]:
             seconds = receive(name, True)
@@ -336,34 +376,67 @@ def bench_models(args: argparse.Namespace) -> None:
                 f'benchmark: expected a model of timm, and behind a colon one of {", ".join(KINDS)}, got {spec!r}.')
     if args.bench == 'train' and all(':folded' in spec for spec in args.models):
         raise SystemExit(f'benchmark: folded models are for inference, got --bench train of {args.models}.')
-    rows = []
+    all_rows, failed = [], []
     for bench in ('train', 'inference') if args.bench == 'both' else (args.bench,):
-        builders = {
-            s: partial(Products if s.endswith(':products') else Network, s, bench, args)
-            for s in args.models if bench == 'inference' or ':folded' not in s}
-        times, facts = interleave(builders, bench, args)
+        variants = {
+            f'{spec}, graphs' if graphs else spec: (spec, graphs)
+            for spec in args.models if bench == 'inference' or ':folded' not in spec
+            for graphs in ((False, True) if args.graphs and ':products' not in spec else (False,))}
+        times, facts = interleave({
+            name: partial(Products, spec, bench, args) if spec.endswith(':products')
+            else partial(Network, spec, bench, args, graphs)
+            for name, (spec, graphs) in variants.items()}, bench, args, failed)
         passes = 3 if bench == 'train' else 1
         print(f'\n{bench}: {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
         print(f'| model | ms per step | / {reference} | images/s | GMAC/s | kept for backward, MiB/image | peak, MiB |')
         print('|---|---|---|---|---|---|---|')
-        for spec, seconds in times.items():
+        rows = []
+        for name, seconds in times.items():
+            (spec, graphs), fact = variants[name], facts[name]
             median = statistics.median(seconds)
-            ratio = ratios(seconds, times[reference]) if reference in times else None
-            fact = facts[spec]
+            base = times.get(f'{reference}, graphs' if graphs else reference)
+            ratio = ratios(seconds, base) if base else None
             compiled = fact.pop('compile')
             memory = ['' if fact[k] is None else f'{fact[k]:.{digits}f}' for k, digits in (
                 ('saved_mib_per_image', 1), ('peak_mib', 0))]
-            print(f'| `{spec}` | {spread([1e3 * s for s in seconds], 0)} | {spread(ratio, 2) if ratio else ""} | '
+            print(f'| `{spec}`{", graphs" if graphs else ""} | '
+                  f'{spread([1e3 * s for s in seconds], 0 if median > 1 else 1)} | '
+                  f'{spread(ratio, 2) if ratio else ""} | '
                   f'{args.batch_size / median:.4g} | {passes * fact["gmacs"] * args.batch_size / median:.4g} | '
-                  f'{" | ".join(memory)} |')
+                  f'{" | ".join(memory)} |', flush=True)
             rows.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
-                compile=compiled, contiguous=args.contiguous, rounds=args.rounds, seconds=median,
+                compile=compiled, graphs=graphs, contiguous=args.contiguous, rounds=args.rounds, seconds=median,
                 seconds_min=min(seconds), seconds_max=max(seconds), reference=reference,
                 ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
-    write_csv(args.csv, rows)
+        write_csv(args.csv, rows)
+        all_rows += rows
     if args.plots:
-        plot_models(rows, args.plots)
+        plot_models(all_rows, args.plots)
+    if failed:
+        raise SystemExit(f'benchmark: failed, as said above: {"; ".join(failed)}')
+
+
+def bench_profile(args: argparse.Namespace) -> None:
+    """The twenty calls of a train step that take most time: kernels on a GPU, operators on a CPU."""
+    activity = torch.profiler.ProfilerActivity
+    device = torch.autograd.DeviceType.CUDA if args.device.startswith('cuda') else torch.autograd.DeviceType.CPU
+    for spec in args.models:
+        network = Network(spec, 'train', args)
+        for _ in range(3):
+            network.train()
+        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
+            timed(network.train, args.device)
+        calls: Dict[str, List[float]] = {}
+        for event in profiler.events():
+            if event.device_type == device and not event.is_user_annotation:
+                time = event.self_cpu_time_total if device.name == 'CPU' else event.time_range.elapsed_us()
+                calls.setdefault(event.name, []).append(time / 1e3)
+        print('| ms | calls | name |\n|---|---|---|')
+        for name, milliseconds in sorted(calls.items(), key=lambda item: -sum(item[1]))[:20]:
+            print(f'| {sum(milliseconds):.2f} | {len(milliseconds)} | `{name[:120]}` |')
+        total = [t for milliseconds in calls.values() for t in milliseconds]
+        print(f'{spec}, batch {args.batch_size}: {len(total)} calls, {sum(total):.1f} ms', flush=True)
 
 
 def bench_sweep(args: argparse.Namespace) -> None:
@@ -539,7 +612,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('high')
     print(', '.join(f'{k} {v}' for k, v in machine(args).items()))
-    (bench_sweep if args.sweep else bench_roofline if args.roofline else bench_models)(args)
+    run = (
+        bench_sweep if args.sweep else bench_roofline if args.roofline
+        else bench_profile if args.profile else bench_models)
+    run(args)
 
 
 if __name__ == '__main__':

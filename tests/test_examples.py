@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
+import gpu
 import model_table
 import quickstart
 import results_table
@@ -120,6 +121,47 @@ def test_benchmark_whose_process_is_killed():
     args = parse_args(['--rounds', '3', '--warmup', '0'])
     with pytest.raises(SystemExit, match='benchmark: first: its process was killed, by lack of memory perhaps'):
         interleave({'first': partial(Variant, True), 'second': partial(Variant, False)}, 'train', args)
+
+
+def test_gpu(tmp_path, capsys):
+    """The whole script, without a GPU; a part that fails costs only itself."""
+    output = tmp_path / 'new'
+    gpu.main([
+        '--output', str(output), '--device', 'cpu', '--tiny', '--parts', 'train', 'tests', 'speed', 'cifar', 'profile',
+        '--train-command', 'sh -c "echo no data; exit 3"'])
+    assert {p.name for p in output.iterdir()} == {
+        'train.txt', 'tests.txt', 'speed.txt', 'cifar.txt', 'profile.txt', 'results.csv'}
+    assert 'no data\n== exit 3' in (output / 'train.txt').read_text()
+    assert 'calls, ' in (output / 'profile.txt').read_text()
+    with open(output / 'results.csv', newline='') as f:
+        assert [(row['bench'], row['model']) for row in csv.DictReader(f)] == [
+            ('inference', 'gunn15'), ('train', 'gunn15'), ('train', 'sunn15')]
+    table = capsys.readouterr().out.split('outcome of its commands')[1]
+    assert re.findall(r'^\| (\w+) \| \d+ \| ([^|]*) \|', table, re.M) == [
+        ('train', 'exit 3'), ('tests', 'ok'), ('speed', 'ok'), ('cifar', 'ok'), ('profile', 'ok')]
+    assert len(re.findall(r'^\| (train|inference) \| [gs]unn15 \|', table, re.M)) == 3
+
+
+def test_gpu_stops_what_hangs(tmp_path):
+    """With all that it has started; what it printed stays, and the commands after it are told apart."""
+    log, mark = tmp_path / 'part.txt', tmp_path / 'mark'
+    hangs = ['sh', '-c', f'trap "" INT; echo started; (sleep 5; touch {mark}) & wait']
+    assert gpu.run_part([['nowhere'], ['true'], hangs, ['true']], 2, log) == [
+        "[Errno 2] No such file or directory: 'nowhere'", 'ok', 'stopped at the limit', 'no time left']
+    assert 'started\n== stopped' in log.read_text()
+    time.sleep(1)
+    assert not mark.exists()
+
+
+def test_benchmark_goes_on_without_what_fails(tmp_path, capsys):
+    args = parse_args([
+        '--models', 'vit_tiny_patch16_224', 'sunn15', '--bench', 'inference', '--img-size', '8', '--batch-size', '2',
+        '--rounds', '1', '--warmup', '0', '--csv', str(tmp_path / 'rows.csv')])
+    with pytest.raises(SystemExit, match='benchmark: failed, as said above: vit_tiny_patch16_224'):
+        bench_models(args)
+    assert 'benchmark: vit_tiny_patch16_224: AssertionError: ' in capsys.readouterr().out
+    with open(tmp_path / 'rows.csv', newline='') as f:
+        assert [row['model'] for row in csv.DictReader(f)] == ['sunn15']
 
 
 RESULTS = '''\
