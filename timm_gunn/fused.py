@@ -37,7 +37,7 @@ __all__ = ['folded', 'ordered_update']
 aten = torch.ops.aten
 
 # Columns of the state in a block of segments that share products, if that many are more than one segment.
-FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160
+FORWARD_BLOCK, CUDA_FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160, 160
 TRITON = True  # Triton kernels for norms on CUDA devices
 
 
@@ -238,7 +238,7 @@ class _Layer:
         saved: List[torch.Tensor] = []
         segments = out.split(self.width, 1)
         state_segments = segments if state is out else state.split(self.width, 1)
-        for start, stop in self._blocks(FORWARD_BLOCK):
+        for start, stop in self._blocks(CUDA_FORWARD_BLOCK if x.is_cuda else FORWARD_BLOCK):
             shared = [self._read(k, state, start, stop).chunk(stop - start, 1) for k in self.readers]
             # What has been added to the segments of the block, which the shared products do not know of.
             change = state.new_empty(len(state), (stop - start - 1) * self.width)

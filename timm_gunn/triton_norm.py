@@ -13,13 +13,13 @@ import triton.language as tl
 
 from timm_gunn.fused import _Norm
 
-PROGRAMS = 512  # that sum up: about four for each of an H100's 132 multiprocessors
-BLOCK = 2048  # numbers that a program takes at once
+# Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
+PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
 
-SIZES = ['h_step', 'other_step', 'out_step', 'state_step', 'change_step', 'grad_step', 'rows', 'channels', 'count']
+SIZES = ['h_step', 'other_step', 'out_step', 'state_step', 'change_step', 'grad_step', 'rows', 'channels']
 VECTORS = [
     'gamma', 'beta', 'mean', 'variance', 'other_gamma', 'other_beta', 'other_mean', 'other_variance',
-    'grad_gamma', 'grad_beta', 'first', 'second']
+    'grad_gamma', 'grad_beta', 'ticket', 'partials']
 
 
 def _jit(function: Callable) -> Callable:
@@ -28,10 +28,10 @@ def _jit(function: Callable) -> Callable:
     return triton.jit(function, do_not_specialize=[n for n in SIZES + VECTORS if n in names])
 
 
-def launch(kernel: Callable, programs: int, *args, **constants) -> None:
+def launch(kernel: Callable, programs: int, warps: int, *args, **constants) -> None:
     """Run a kernel on the device of its first argument. Replace this to count launches or to leave them out."""
     with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, num_warps=4, **constants)
+        kernel[(programs,)](*args, num_warps=warps, **constants)
 
 
 @triton.jit
@@ -85,10 +85,35 @@ def _forward(
             tl.store(state_at, z.to(state.dtype.element_ty), ok)
 
 
+@triton.jit
+def _is_last(ticket):
+    """Whether all other programs have got here; what they stored before is visible then."""
+    tl.debug_barrier()
+    return tl.atomic_add(ticket, 1, sem='acq_rel') == tl.num_programs(0) - 1
+
+
+@triton.jit
+def _totals(partials, ticket, channels, c, c_ok, dtype: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Add up what the programs left, and make ready for the next launch."""
+    x = tl.zeros((COUNT, CHANNELS), dtype)
+    y = tl.zeros((COUNT, CHANNELS), dtype)
+    start = 0
+    while start < tl.num_programs(0):
+        p = start + tl.arange(0, COUNT)
+        ok = (p < tl.num_programs(0))[:, None] & c_ok[None, :]
+        at = partials + p[:, None] * 2 * channels + c[None, :]
+        x += tl.load(at, ok, 0.0, cache_modifier='.cg')
+        y += tl.load(at + channels, ok, 0.0, cache_modifier='.cg')
+        start += COUNT
+    tl.store(ticket, 0)
+    return tl.sum(x, 0), tl.sum(y, 0)
+
+
 @_jit
 def _statistics(
-        h, h_step, partials, mean, rows, channels, ALIGN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums of h - shift and of its square; the shift, the mean of some rows, is left in `mean`."""
+        h, h_step, partials, ticket, mean, variance, rows, channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+        CHANNELS: tl.constexpr, COUNT: tl.constexpr):
+    """Mean and variance, from sums of h - shift and of its square, where the shift is the mean of some rows."""
     dtype = mean.dtype.element_ty
     c = tl.arange(0, CHANNELS)
     c_ok = c < channels * ALIGN
@@ -109,15 +134,18 @@ def _statistics(
     at = partials + tl.program_id(0) * 2 * channels * ALIGN + c
     tl.store(at, tl.sum(sums, 0), c_ok)
     tl.store(at + channels * ALIGN, tl.sum(squares, 0), c_ok)
-    if tl.program_id(0) == 0:
-        tl.store(mean + c, shift, c_ok)
+    if _is_last(ticket):
+        x, y = _totals(partials, ticket, channels * ALIGN, c, c_ok, dtype, COUNT, CHANNELS)
+        x /= rows.to(dtype)
+        tl.store(mean + c, shift + x, c_ok)
+        tl.store(variance + c, tl.maximum(y / rows.to(dtype) - x * x, 0.0), c_ok)
 
 
 @_jit
 def _gradient_sums(
-        grad, grad_step, h, h_step, gamma, beta, mean, variance, partials, rows, channels, EPS: tl.constexpr,
-        RELU: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums for the gradients of gamma and beta."""
+        grad, grad_step, h, h_step, gamma, beta, mean, variance, partials, ticket, grad_gamma, grad_beta, rows,
+        channels, EPS: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+        CHANNELS: tl.constexpr, COUNT: tl.constexpr):
     dtype = mean.dtype.element_ty
     c = tl.arange(0, CHANNELS)
     c_ok = c < channels * ALIGN
@@ -137,29 +165,12 @@ def _gradient_sums(
         for_gamma += g * (t.to(dtype) - centre)
         for_beta += g
     at = partials + tl.program_id(0) * 2 * channels * ALIGN + c
-    tl.store(at, tl.sum(for_gamma, 0) * tl.rsqrt(tl.load(variance + c, c_ok, 1.0) + EPS), c_ok)
+    tl.store(at, tl.sum(for_gamma, 0), c_ok)
     tl.store(at + channels * ALIGN, tl.sum(for_beta, 0), c_ok)
-
-
-@_jit
-def _merge(
-        partials, first, second, count, rows, channels, STATS: tl.constexpr, COUNT: tl.constexpr,
-        CHANNELS: tl.constexpr):
-    """Add up what the programs left: mean and variance, or the gradients of gamma and beta."""
-    dtype = first.dtype.element_ty
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    c_ok = c < channels
-    p = tl.arange(0, COUNT)
-    ok = (p < count)[:, None] & c_ok[None, :]
-    at = partials + p[:, None] * 2 * channels + c[None, :]
-    x = tl.sum(tl.load(at, ok, 0.0), 0)
-    y = tl.sum(tl.load(at + channels, ok, 0.0), 0)
-    if STATS:
-        x /= rows.to(dtype)
-        y = tl.maximum(y / rows.to(dtype) - x * x, 0.0)
-        x += tl.load(first + c, c_ok, 0.0)
-    tl.store(first + c, x, c_ok)
-    tl.store(second + c, y, c_ok)
+    if _is_last(ticket):
+        x, y = _totals(partials, ticket, channels * ALIGN, c, c_ok, dtype, COUNT, CHANNELS)
+        tl.store(grad_gamma + c, x * tl.rsqrt(tl.load(variance + c, c_ok, 1.0) + EPS), c_ok)
+        tl.store(grad_beta + c, y, c_ok)
 
 
 @_jit
@@ -196,28 +207,28 @@ class TritonNorm(_Norm):
 
     takes_slices = True
 
-    def _blocks(self, *matrices: torch.Tensor) -> Tuple[int, int, dict]:
-        """Number of blocks; what divides channels and row steps, so that loads are wide; shape of a block."""
-        channels = matrices[0].shape[1]
-        width = triton.next_power_of_2(channels)
-        rows = max(1, BLOCK // width)
-        align = math.gcd(8, channels, *[t.stride(0) for t in matrices])
-        return triton.cdiv(self.rows, rows), align, dict(ALIGN=align, ROWS=rows, CHANNELS=width)
+    def _start(self, width: int) -> None:
+        self.lanes = triton.next_power_of_2(width)
+        stats = dict(dtype=self.stats_dtype, device=self.device)
+        self.partials = torch.empty(SUM[0], 2, width, **stats)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    def _blocks(self, shape: Tuple[int, int, int], *matrices: torch.Tensor) -> Tuple[int, int, int, dict]:
+        """Programs and warps; what divides channels and row steps, so that loads are wide; shape of a block."""
+        programs, size, warps = shape
+        rows = max(1, size // self.lanes)
+        align = math.gcd(8, matrices[0].shape[1], *[t.stride(0) for t in matrices])
+        return (min(programs, -(-self.rows // rows)), warps, align,
+                dict(ALIGN=align, ROWS=rows, CHANNELS=self.lanes))
 
     def _vectors(self, i: int) -> Tuple[torch.Tensor, ...]:
         return self.gammas[i], self.betas[i], self.means[i], self.variances[i]
 
-    def _merged(self, partials: torch.Tensor, first: torch.Tensor, second: torch.Tensor, stats: bool) -> None:
-        launch(_merge, triton.cdiv(len(first), 8), partials, first, second, len(partials), self.rows, len(first),
-               STATS=stats, COUNT=triton.next_power_of_2(len(partials)), CHANNELS=8)
-
     def measure(self, h: torch.Tensor) -> None:
-        count, align, blocks = self._blocks(h)
-        programs = min(count, PROGRAMS)
+        programs, warps, align, blocks = self._blocks(SUM, h)
         mean, variance = h.new_empty(2, h.shape[1], dtype=self.stats_dtype).unbind()
-        partials = h.new_empty(programs, 2, h.shape[1], dtype=self.stats_dtype)
-        launch(_statistics, programs, h, h.stride(0) // align, partials, mean, self.rows, h.shape[1] // align, **blocks)
-        self._merged(partials, mean, variance, True)
+        launch(_statistics, programs, warps, h, h.stride(0) // align, self.partials, self.ticket, mean, variance,
+               self.rows, h.shape[1] // align, COUNT=max(1, 8192 // self.lanes), **blocks)
         self.means.append(mean)
         self.variances.append(variance)
 
@@ -247,8 +258,8 @@ class TritonNorm(_Norm):
         """
         norm, t = other or (self, h)
         state, change_to = out if state is None else state, out if change is None else change
-        count, align, blocks = self._blocks(h, t, out, state, change_to)
-        launch(_forward, min(count, 4 * PROGRAMS), h, h.stride(0) // align, *self._vectors(i), t, t.stride(0) // align,
+        programs, warps, align, blocks = self._blocks(PASS, h, t, out, state, change_to)
+        launch(_forward, programs, warps, h, h.stride(0) // align, *self._vectors(i), t, t.stride(0) // align,
                *norm._vectors(i), out, out.stride(0) // align, state, state.stride(0) // align, change_to,
                change_to.stride(0) // align, self.rows, h.shape[1] // align, EPS=self.eps, OTHER_EPS=norm.eps,
                RELU=relu, OTHER=other is not None, ADD=add, STATE=state is not out, CHANGE=change is not None, **blocks)
@@ -265,17 +276,16 @@ class TritonNorm(_Norm):
         if not self.exists:
             return super().backward(i, grad.to(self.dtype), h, out, a)
         h, relu = grad if h is None else h, a is not None
-        count, align, blocks = self._blocks(grad, h, out)
-        programs = min(count, PROGRAMS)
-        steps = [t.stride(0) // align for t in (grad, h, out)]
-        channels = h.shape[1] // align
-        grad_gamma, grad_beta = h.new_empty(2, h.shape[1], dtype=self.stats_dtype).unbind()
+        matrices, channels = (grad, h, out), h.shape[1]
+        grad_gamma, grad_beta = h.new_empty(2, channels, dtype=self.stats_dtype).unbind()
         if self.input_wanted:
-            partials = h.new_empty(programs, 2, h.shape[1], dtype=self.stats_dtype)
-            launch(_gradient_sums, programs, grad, steps[0], h, steps[1], *self._vectors(i), partials, self.rows,
-                   channels, EPS=self.eps, RELU=relu, **blocks)
-            self._merged(partials, grad_gamma, grad_beta, False)
+            programs, warps, align, blocks = self._blocks(SUM, *matrices)
+            launch(_gradient_sums, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align,
+                   *self._vectors(i), self.partials, self.ticket, grad_gamma, grad_beta, self.rows, channels // align,
+                   EPS=self.eps, RELU=relu, COUNT=max(1, 8192 // self.lanes), **blocks)
             self.grad_gammas[i], self.grad_betas[i] = grad_gamma, grad_beta
-        launch(_backward, min(count, 4 * PROGRAMS), grad, steps[0], h, steps[1], *self._vectors(i), grad_gamma,
-               grad_beta, out, steps[2], self.rows, channels, EPS=self.eps, RELU=relu, BATCH=self.batch, **blocks)
+        programs, warps, align, blocks = self._blocks(PASS, *matrices)
+        launch(_backward, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align, *self._vectors(i),
+               grad_gamma, grad_beta, out, out.stride(0) // align, self.rows, channels // align, EPS=self.eps,
+               RELU=relu, BATCH=self.batch, **blocks)
         return out
