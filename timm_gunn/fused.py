@@ -26,6 +26,7 @@ pass follows, norms with given statistics are folded into the weights.
 import functools
 import importlib.util
 import math
+from collections import defaultdict
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -469,6 +470,7 @@ class _Gradients:
             torch.empty_like(params[5 * k], dtype=w.dtype) if needs[5 * k] else None for k, w in enumerate(weights)]
         self.grads = [t if t is None else t.view(w.shape) for t, w in zip(self.whole, weights, strict=True)]
         self.unit_grads = [t if t is None else t.chunk(segments) for t in self.grads]
+        self.parts: Dict[int, List[torch.Tensor]] = defaultdict(lambda: [None] * segments)
 
     def wanted(self, k: int) -> bool:
         return self.needs[5 * k]
@@ -480,10 +482,12 @@ class _Gradients:
 
     def put(self, k: int, i: int, grad: Optional[torch.Tensor]) -> None:
         if self.wanted(k):
-            self.unit_grads[k][i].copy_(grad)
+            self.parts[k][i] = grad
 
     def collect(self) -> List[torch.Tensor]:
         """In the order and the dtypes of the parameters."""
+        for k, parts in self.parts.items():
+            torch.cat(parts, out=self.whole[k])
         result = []
         for k, (grad, norm) in enumerate(zip(self.whole, self.norms, strict=True)):
             first, values = 5 * k, (grad, norm.grad_gammas, norm.grad_betas)
