@@ -69,7 +69,8 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
         train=[shlex.split(args.train_command or '')])
     if args.tiny:
         parts.update(
-            tests=[[*pytest, str(ROOT / 'tests' / 'test_train_cifar.py')]], speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][2:3],
+            tests=[[*pytest, str(ROOT / 'tests' / 'test_train_cifar.py')]],
+            speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][2:3],
             profile=parts['profile'][1:])
     return parts
 
