@@ -367,56 +367,103 @@ class _Layer:
         self.x, self.y = (
             _matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
         self.grads, self.saved = _Gradients(params, needs[1:], self.weights, self.norms, self.segments), saved
+        (self._backward_by_masks if self.in_place else self._backward_by_parts)(needs[0])
+        grad_x = g_map.contiguous(memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
+        return grad_x, self.grads.collect()
+
+    def _backward_by_masks(self, input_wanted: bool) -> None:
+        """Take G through all units in few and large products, of which masks take what is meant: for CUDA devices."""
         blocks = self._blocks(BACKWARD_BLOCK)
         unit = torch.arange(self.segments, device=self.device)
         earlier = (unit < unit[:, None])[:, None, :, None]  # segments before a unit's own
         in_block = (unit >= (unit - unit % blocks[0][1])[:, None])[:, None, :, None]
-        self.unsent = {k: torch.where(earlier & in_block, 0, self._quads(k, self.weights[k])).view_as(self.weights[k])
-                       for k in self.readers}
+        unsent = {k: torch.where(earlier & in_block, 0, self._quads(self.weights[k])).view_as(self.weights[k])
+                  for k in self.readers}
         by_y = {k: torch.empty_like(self.weights[k]) for k in self.readers if self.grads.wanted(k)}
         for start, stop in reversed(blocks):
-            self._block_backward(start, stop, needs[0], by_y)
+            sent = self._sent(stop - start)
+            for i in reversed(range(start, stop)):
+                received, before = self.g[:, self._columns(i, i + 1)], self._columns(start, i)
+                if self.kept is not None:
+                    received = self._buffer('received', self.width).copy_(received)
+                d = self._unit_backward(i, received, [t.chunk(stop - start, 1)[i - start] for t in sent])
+                if not self.residual:
+                    self.g[:, self._columns(i, i + 1)].zero_()
+                for k, d_k in zip(self.readers, d, strict=True):
+                    if i > start:
+                        _accumulate(self.g[:, before], d_k, self.unit_weights[k][i][:, before])
+            columns = slice(None) if input_wanted else self._columns(0, start)
+            updated, others = self._columns(0, stop - 1), self._columns(start, self.segments)
+            for k, d_k in zip(self.readers, sent, strict=True):
+                rows = self._rows(k, start, stop)
+                _accumulate(self.g[:, columns], d_k, unsent[k][rows, columns])
+                if k in by_y:
+                    torch.mm(d_k.t(), self.y[:, updated], out=by_y[k][rows, updated])
+                    torch.mm(d_k.t(), self.x[:, others], out=self.grads.grads[k][rows, others])
         for k, grad in by_y.items():
-            by_x = self._quads(k, self.grads.grads[k])
-            torch.where(earlier, self._quads(k, grad), by_x, out=by_x)
-        grad_x = g_map.contiguous(memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
-        return grad_x, self.grads.collect()
+            by_x = self._quads(self.grads.grads[k])
+            torch.where(earlier, self._quads(grad), by_x, out=by_x)
 
-    def _quads(self, k: int, weight: torch.Tensor) -> torch.Tensor:
-        """View a weight of convolution k as (units, rows of a unit, segments, columns of a segment)."""
+    def _quads(self, weight: torch.Tensor) -> torch.Tensor:
+        """View a weight as (units, rows of a unit, segments, columns of a segment)."""
         return weight.view(self.segments, -1, self.segments, self.width)
 
-    def _block_backward(self, start: int, stop: int, input_wanted: bool, by_y: Dict[int, torch.Tensor]) -> None:
-        """Take G through units [start, stop), and compute the gradients of what they read the state with."""
-        columns = slice(None) if input_wanted else self._columns(0, start)
-        updated, others = self._columns(0, stop - 1), self._columns(start, self.segments)
-        for k, d in zip(self.readers, self._units_backward(start, stop), strict=True):
-            rows = self._rows(k, start, stop)
-            _accumulate(self.g[:, columns], d, self.unsent[k][rows, columns])
-            if self.grads.wanted(k):
-                torch.mm(d.t(), self.y[:, updated], out=by_y[k][rows, updated])
-                torch.mm(d.t(), self.x[:, others], out=self.grads.grads[k][rows, others])
+    def _sent(self, count: int) -> List[torch.Tensor]:
+        """Room for the gradients of what the convolutions of a block of units read from the state."""
+        return [self._buffer(f'sent {k}', len(self.weights[k]) // self.segments * count) for k in self.readers]
 
-    def _units_backward(self, start: int, stop: int) -> List[torch.Tensor]:
-        """Gradients of what the block's units read from the state; sends them on to the units within the block."""
-        sent = [self._buffer(f'sent {k}', len(self.unit_weights[k][0]) * (stop - start)) for k in self.readers]
+    def _backward_by_parts(self, input_wanted: bool) -> None:
+        """Take G through all units with no product larger than it must be: for CPUs."""
+        for start, stop in reversed(self._blocks(BACKWARD_BLOCK)):
+            self._block_backward(start, stop, input_wanted)
+
+    def _block_backward(self, start: int, stop: int, input_wanted: bool) -> None:
+        """Take G through units [start, stop), and compute the gradients of what they read the state with."""
+        before, own, after = self._columns(0, start), self._columns(start, stop), self._columns(stop, self.segments)
+        sent = self._own_backward(start, stop)
+        for k, d in zip(self.readers, sent, strict=True):
+            rows = self._rows(k, start, stop)
+            weight = self.weights[k][rows]
+            _accumulate(self.g[:, before], d, weight[:, before])
+            if input_wanted:
+                _accumulate(self.g[:, after], d, weight[:, after])
+            if self.grads.wanted(k):
+                grad, rest = self.grads.grads[k][rows], slice(start * self.width, None)
+                torch.mm(d.t(), self.y[:, before], out=grad[:, before])
+                torch.mm(d.t(), self.x[:, rest], out=grad[:, rest])
+                self._put_updated(d, self.y[:, own], grad[:, own], stop - start)
+
+    def _own_backward(self, start: int, stop: int) -> List[torch.Tensor]:
+        """Take the block's own columns of G through its units, as if there were no others.
+
+        Returns the gradients of what the units' convolutions read from the state.
+        """
+        count, columns = stop - start, self._columns(start, stop)
+        g, sent = self.g[:, columns].clone(memory_format=torch.contiguous_format), self._sent(count)
         for i in reversed(range(start, stop)):
-            received = self.g[:, self._columns(i, i + 1)]
-            outs = chunks = [t.chunk(stop - start, 1)[i - start] for t in sent]
-            if not self.in_place:
-                outs = [self._buffer(f'grad {k}', t.shape[1]) for k, t in zip(self.readers, chunks, strict=True)]
-            if not self.in_place or self.kept is not None:
-                received = self._buffer('received', self.width).copy_(received)
-            grads = self._unit_backward(i, received, outs)
+            own = self._columns(i - start, i - start + 1)
+            received = self._buffer('received', self.width).copy_(g[:, own])
             if not self.residual:
-                self.g[:, self._columns(i, i + 1)].zero_()
-            columns = self._columns(start, i)
-            for k, d, chunk in zip(self.readers, grads, chunks, strict=True):
-                if i > start:
-                    _accumulate(self.g[:, columns], d, self.unit_weights[k][i][:, columns])
-                if not self.in_place:
-                    chunk.copy_(d)
+                g[:, own].zero_()
+            outs = [self._buffer(f'grad {k}', t.shape[1] // count) for k, t in zip(self.readers, sent, strict=True)]
+            for k, d, whole in zip(self.readers, self._unit_backward(i, received, outs), sent, strict=True):
+                _accumulate(g, d, self.unit_weights[k][i][:, columns])
+                whole.chunk(count, 1)[i - start].copy_(d)
+        self.g[:, columns] = g
         return sent
+
+    def _put_updated(self, d: torch.Tensor, y: torch.Tensor, grad: torch.Tensor, count: int) -> None:
+        """Write the gradient of a weight of `count` units for the columns that they have met updated by one another.
+
+        The upper half of the units has met all of the lower half as y; within each half it is the same again.
+        """
+        if count == 1:
+            return
+        lower = count // 2
+        rows, columns = d.shape[1] // count * lower, self.width * lower
+        torch.mm(d[:, rows:].t(), y[:, :columns], out=grad[rows:, :columns])
+        self._put_updated(d[:, :rows], y[:, :columns], grad[:rows, :columns], lower)
+        self._put_updated(d[:, rows:], y[:, columns:], grad[rows:, columns:], count - lower)
 
     def _unit_backward(self, i: int, received: torch.Tensor, outs: List[torch.Tensor]) -> List[torch.Tensor]:
         """Gradients of what unit i's convolutions read from the state, in `outs` if in_place, from its update's."""
