@@ -1,4 +1,4 @@
-"""Print the README's table of trained networks, made from weights/results.csv, beside the paper's numbers.
+"""Print the table of trained networks in weights/README.md, from weights/results.csv, beside the paper's numbers.
 
     python examples/results_table.py
     python examples/results_table.py --curves gunn15=a/metrics.csv sunn15=b/metrics.csv   # the paper's Figure 3

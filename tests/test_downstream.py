@@ -73,7 +73,7 @@ def test_smp_output_stride(name, output_stride):
 
 @pytest.mark.parametrize('name', CIFAR)
 def test_smp_cifar_networks(name):
-    """Three maps, of strides 1, 2 and 4: depth 2, as the README says."""
+    """Three maps, of strides 1, 2 and 4: depth 2."""
     smp = library('segmentation_models_pytorch')
     with torch.device('meta'):
         model = smp.Unet(
@@ -128,7 +128,7 @@ def test_segment(tmp_path, capsys, monkeypatch):
 
 
 def stated(example):
-    """Rows of the runs whose tables the README has."""
+    """Rows of the runs whose tables examples/README.md has."""
     with open(EXAMPLES / 'results' / f'{example}.csv', newline='') as f:
         return list(csv.DictReader(f))
 
@@ -136,7 +136,7 @@ def stated(example):
 @pytest.mark.parametrize(('example', 'columns'), [
     ('segment', ('miou', *shapes.CLASSES, 'minutes')), ('detect', ('ap', 'ap50', 'ap75', 'minutes'))])
 def test_tables_in_the_readme(example, columns):
-    readme = (EXAMPLES.parent / 'README.md').read_text()
+    readme = (EXAMPLES / 'README.md').read_text()
     rows = stated(example)
     column, whats = dict(
         segment=('architecture', ('Unet', 'DeepLabV3Plus')),
@@ -153,7 +153,7 @@ def test_tables_in_the_readme(example, columns):
 @pytest.mark.slow  # a training of several minutes each
 @pytest.mark.parametrize('example', ['segment', 'detect'])
 def test_stated_results(example, tmp_path):
-    """The first row of the README's table by its options, to five points: another machine rounds otherwise."""
+    """The first row of the table by its options, to five points: another machine rounds otherwise."""
     library('segmentation_models_pytorch')
     library('torchmetrics')
     import detect
