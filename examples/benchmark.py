@@ -7,13 +7,14 @@
     python examples/benchmark.py --sweep 400x56 1600x14       # one layer, over the number of segments
     python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
 
-A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:folded` (inference) a model
-with its norms folded by timm, `NAME:products` the matrix products and convolutions of a model's step alone, not
-compiled: what it would take if all else were free (attention counts as such). Every round runs one step of each
-variant, one after the other, so that a drift of the machine's speed meets all of them, and every other round backwards;
-ratios are taken within a round. Times are medians over the rounds, with the interquartile range. A train step is the
-forward pass, the cross-entropy, the backward pass and SGD with Nesterov momentum. With `--graphs`, every network also
-runs with its forward and backward pass captured in a CUDA graph; its ratio is to the reference in graphs.
+A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:library` one without Triton
+kernels in it, `NAME:folded` (inference) a model with its norms folded by timm, `NAME:products` the matrix products and
+convolutions of a model's step alone, not compiled: what it would take if all else were free (attention counts as such).
+Every round runs one step of each variant, one after the other, so that a drift of the machine's speed meets all of
+them, and every other round backwards; ratios are taken within a round. Times are medians over the rounds, with the
+interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
+momentum. With `--graphs`, every network also runs with its forward and backward pass captured in a CUDA graph; its
+ratio is to the reference in graphs.
 
 Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
 another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
@@ -44,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_gunn
 from timm_gunn import GunnLayer, fused
 
-KINDS = 'composite', 'folded', 'products'
+KINDS = 'composite', 'library', 'folded', 'products'
 MODELS = [
     'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:folded', 'sunn18:folded',
     'resnet50', 'resnet101', 'resnext50_32x4d', 'densenet201']
@@ -52,7 +53,7 @@ MODELS = [
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME[:composite|:folded|:products]')
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME[:composite|:library|:folded|:products]')
     parser.add_argument('--reference', help='the ratios are to this one (default: the second of the models)')
     parser.add_argument('--bench', choices=['train', 'inference', 'both'], default='both')
     parser.add_argument('--sweep', nargs='+', metavar='CHANNELSxPIXELS', help='time single layers over their segments')
@@ -93,6 +94,7 @@ class Network:
         name, _, kind = spec.partition(':')
         self.args, self.device, self.graphs = args, torch.device(args.device), graphs
         self.model = timm.create_model(name, **({'fused': False} if kind == 'composite' else {}))
+        fused.TRITON = kind != 'library'
         if kind == 'folded':
             self.model = timm.utils.reparameterize_model(self.model)
         size = 2, 3, args.img_size, args.img_size

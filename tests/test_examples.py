@@ -103,7 +103,7 @@ def test_benchmark_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(['--batch-size', '0'])
     assert '--batch-size must be at least 1, got 0' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="behind a colon one of composite, folded, products, got 'gunn15:fast'"):
+    with pytest.raises(SystemExit, match="one of composite, library, folded, products, got 'gunn15:fast'"):
         bench_models(parse_args(['--models', 'gunn15:fast']))
     with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):
         bench_sweep(parse_args(['--sweep', '400x56', '12x4', '--segments', '5']))

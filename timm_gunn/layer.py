@@ -193,7 +193,8 @@ class GunnLayer(nn.Module):
 
     def _obstacle(self, x: torch.Tensor) -> Optional[str]:
         """What keeps the fused operator from doing what the modules would do, None if nothing does."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
+        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return 'a trace or export takes the operations one by one'
         if not torch.compiler.is_compiling() and _transformed():
             return 'torch.func and forward-mode derivatives need the operations one by one'
