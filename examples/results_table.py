@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from model_table import PUBLISHED
-from train_cifar import draw_curves, read_results
+from cifar_results import draw_curves, read_results
+from common import PUBLISHED
 
 RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
 
