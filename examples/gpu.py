@@ -10,6 +10,7 @@ part printed is in `<part>.txt`, and the rows of benchmark.py are in `results.cs
 """
 import argparse
 import csv
+import importlib.util
 import os
 import shlex
 import signal
@@ -43,7 +44,8 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
     graphs = ['--graphs'] if args.device.startswith('cuda') else []
     benchmark = [sys.executable, str(ROOT / 'examples' / 'benchmark.py'), '--device', args.device, '--models']
     pytest = [
-        sys.executable, '-m', 'pytest', '-m', 'gpu', '-q', '--maxfail=10', '--durations=5', '-p', 'no:cacheprovider']
+        sys.executable, '-m', 'pytest', '-m', 'gpu', '-q', '--maxfail=10', '--durations=5', '-p', 'no:cacheprovider',
+        *(['-n', '8'] if importlib.util.find_spec('xdist') else [])]
 
     def bench(models: str, batch_size: int, img_size: int, *options: str, dtype: str = 'bfloat16') -> List[str]:
         if args.tiny:
@@ -53,7 +55,7 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
 
     parts = dict(
         tests=[[*pytest, *(str(ROOT / 'tests' / f'test_{name}.py') for name in names)] for names in (
-            ['fused', 'layer', 'cuda'], ['train_cifar'])],
+            ['fused', 'layer', 'cuda', 'train_cifar'], ['triton_norm'])],
         speed=[
             bench('gunn18 sunn18 resnet50 gunn18:library', 128, 224, '--rounds', '6', *graphs),
             bench('gunn18:composite gunn18', 128, 224, '--bench', 'train', '--rounds', '5', *graphs),
@@ -67,7 +69,8 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
         train=[shlex.split(args.train_command or '')])
     if args.tiny:
         parts.update(
-            tests=parts['tests'][1:], speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][2:3],
+            tests=[[*pytest, str(ROOT / 'tests' / 'test_train_cifar.py')]],
+            speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][2:3],
             profile=parts['profile'][1:])
     return parts
 

@@ -23,7 +23,10 @@ pass follows, norms with given statistics are folded into the weights.
 
 `GunnLayer` chooses between this operator and the composite of its modules, which is the reference.
 """
+import functools
+import importlib.util
 import math
+from collections import defaultdict
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -35,7 +38,8 @@ __all__ = ['folded', 'ordered_update']
 aten = torch.ops.aten
 
 # Columns of the state in a block of segments that share products, if that many are more than one segment.
-FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160
+FORWARD_BLOCK, CUDA_FORWARD_BLOCK, BACKWARD_BLOCK = 64, 160, 160
+TRITON = True  # Triton kernels for norms on CUDA devices
 
 
 @torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
@@ -210,11 +214,13 @@ class _Layer:
         # 1x1 convolutions as matrices
         self.weights = [w.flatten(1) if w.shape[2] == 1 else w for w in weights]
         self.unit_weights = [w.chunk(segments) for w in self.weights]
-        norm_class = _Norm if x.is_cuda else _CpuNorm
+        norm_class = _cuda_norm() if x.is_cuda else _CpuNorm
         self.norms = [
             norm_class(*params[5 * k + 1:5 * k + 5], e, batch_stats[k], self.rows, segments, dtype)
             for k, e in enumerate(eps)]
         self.readers = _readers(len(eps))
+        # Norms that write where their results are wanted, and read the gradient where it is.
+        self.in_place = all(norm.takes_slices and norm.exists for norm in self.norms)
         self.kept = None if kept is None else kept.to(_stats_dtype(dtype)).view(batch, 1, segments)
         self.width = channels // segments
 
@@ -231,8 +237,9 @@ class _Layer:
         if x.dtype != self.dtype:  # what the convolutions read is rounded, the residual is not
             state = out.to(self.dtype)
         saved: List[torch.Tensor] = []
-        segments, state_segments = out.split(self.width, 1), state.split(self.width, 1)
-        for start, stop in self._blocks(FORWARD_BLOCK):
+        segments = out.split(self.width, 1)
+        state_segments = segments if state is out else state.split(self.width, 1)
+        for start, stop in self._blocks(CUDA_FORWARD_BLOCK if x.is_cuda else FORWARD_BLOCK):
             shared = [self._read(k, state, start, stop).chunk(stop - start, 1) for k in self.readers]
             # What has been added to the segments of the block, which the shared products do not know of.
             change = state.new_empty(len(state), (stop - start - 1) * self.width)
@@ -240,9 +247,16 @@ class _Layer:
                 reads = [
                     self._read_change(k, t[i - start], change, i, start)
                     for k, t in zip(self.readers, shared, strict=True)]
-                update = self._unit(i, reads, saved, keep)
-                if i + 1 < stop:
-                    changed = change[:, self._columns(i - start, i - start + 1)]
+                terms = self._unit(i, reads, saved, keep)
+                changed = change[:, self._columns(i - start, i - start + 1)] if i + 1 < stop else None
+                if self.in_place and self.kept is None:
+                    (norm, h), *other = terms
+                    norm.write(
+                        i, h, segments[i], other=other[0] if other else None, add=self.residual,
+                        state=state_segments[i], change=changed)
+                    continue
+                update = self._sum(i, terms)
+                if changed is not None:
                     changed.copy_(update if self.residual else update - state_segments[i])
                 if self.residual:
                     segments[i].add_(update)
@@ -283,11 +297,17 @@ class _Layer:
         weight = self.unit_weights[k][i][:, self._columns(start, i)]
         return torch.addmm(h, change[:, self._columns(0, i - start)], weight.t())
 
-    def _unit(self, i: int, reads: List[torch.Tensor], saved: List[torch.Tensor], keep: bool) -> torch.Tensor:
-        """Update of segment i, from the outputs of the convolutions that read the state."""
-        h, update = reads[0], None
+    def _unit(
+            self, i: int, reads: List[torch.Tensor], saved: List[torch.Tensor], keep: bool,
+    ) -> 'List[Tuple[_Norm, torch.Tensor]]':
+        """From the outputs of the convolutions that read the state to what the update of segment i is the sum of.
+
+        Returns the last norms and what they are applied to.
+        """
+        h = reads[0]
         for k in range(0, 3 * self.depth, 3):
             if k > 0:
+                update = self.norms[k - 1].apply(i, h, self._buffer('update', self.width))
                 h = _linear(update, self.unit_weights[k][i], self.norms[k].biases[i])
             if keep:
                 saved.append(h)
@@ -299,13 +319,22 @@ class _Layer:
             self._measure(k + 1, h)
             h = self._last(k + 2, i, self._activate(k + 1, i, h, keep))
             self._measure(k + 2, h)
-            update = self.norms[k + 2].apply(i, h, self._buffer('update', self.width))
+        terms = [(self.norms[3 * self.depth - 1], h)]
         if len(reads) > 1:
             k, h = self.readers[1], reads[1]
             if keep:
                 saved.append(h)
             self._measure(k, h)
-            update.add_(self.norms[k].apply(i, h, self._buffer('proj', self.width)))
+            terms.append((self.norms[k], h))
+        return terms
+
+    def _sum(self, i: int, terms: 'List[Tuple[_Norm, torch.Tensor]]') -> torch.Tensor:
+        """Update of segment i."""
+        update, *other = [
+            norm.apply(i, h, self._buffer(name, self.width))
+            for (norm, h), name in zip(terms, ('update', 'proj'), strict=False)]
+        for t in other:
+            update.add_(t)
         return update if self.kept is None else self._scale_samples(update, i)
 
     def _measure(self, k: int, h: torch.Tensor) -> None:
@@ -314,9 +343,7 @@ class _Layer:
 
     def _activate(self, k: int, i: int, h: torch.Tensor, keep: bool = True) -> torch.Tensor:
         """Norm and ReLU behind convolution k: in place unless h is kept, else in a buffer that all of them share."""
-        out = self._buffer('activation', h.shape[1]) if keep else h
-        a = self.norms[k].apply(i, h, out)
-        return a.relu() if a is h and keep else a.relu_()
+        return self.norms[k].activate(i, h, self._buffer('activation', h.shape[1]) if keep else h)
 
     def _last(self, k: int, i: int, a: torch.Tensor) -> torch.Tensor:
         """Output of a bottleneck's last convolution."""
@@ -340,68 +367,66 @@ class _Layer:
         self.x, self.y = (
             _matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
         self.grads, self.saved = _Gradients(params, needs[1:], self.weights, self.norms, self.segments), saved
-        for start, stop in reversed(self._blocks(BACKWARD_BLOCK)):
-            self._block_backward(start, stop, needs[0])
+        blocks = self._blocks(BACKWARD_BLOCK)
+        unit = torch.arange(self.segments, device=self.device)
+        earlier = (unit < unit[:, None])[:, None, :, None]  # segments before a unit's own
+        in_block = (unit >= (unit - unit % blocks[0][1])[:, None])[:, None, :, None]
+        self.unsent = {k: torch.where(earlier & in_block, 0, self._quads(k, self.weights[k])).view_as(self.weights[k])
+                       for k in self.readers}
+        by_y = {k: torch.empty_like(self.weights[k]) for k in self.readers if self.grads.wanted(k)}
+        for start, stop in reversed(blocks):
+            self._block_backward(start, stop, needs[0], by_y)
+        for k, grad in by_y.items():
+            by_x = self._quads(k, self.grads.grads[k])
+            torch.where(earlier, self._quads(k, grad), by_x, out=by_x)
         grad_x = g_map.contiguous(memory_format=_memory_format(x)) if needs[0] else x.new_empty(0)
         return grad_x, self.grads.collect()
 
-    def _block_backward(self, start: int, stop: int, input_wanted: bool) -> None:
+    def _quads(self, k: int, weight: torch.Tensor) -> torch.Tensor:
+        """View a weight of convolution k as (units, rows of a unit, segments, columns of a segment)."""
+        return weight.view(self.segments, -1, self.segments, self.width)
+
+    def _block_backward(self, start: int, stop: int, input_wanted: bool, by_y: Dict[int, torch.Tensor]) -> None:
         """Take G through units [start, stop), and compute the gradients of what they read the state with."""
-        before, own, after = self._columns(0, start), self._columns(start, stop), self._columns(stop, self.segments)
-        sent = self._own_backward(start, stop)
-        for k, d in zip(self.readers, sent, strict=True):
+        columns = slice(None) if input_wanted else self._columns(0, start)
+        updated, others = self._columns(0, stop - 1), self._columns(start, self.segments)
+        for k, d in zip(self.readers, self._units_backward(start, stop), strict=True):
             rows = self._rows(k, start, stop)
-            weight = self.weights[k][rows]
-            _accumulate(self.g[:, before], d, weight[:, before])
-            if input_wanted:
-                _accumulate(self.g[:, after], d, weight[:, after])
+            _accumulate(self.g[:, columns], d, self.unsent[k][rows, columns])
             if self.grads.wanted(k):
-                grad, rest = self.grads.grads[k][rows], slice(start * self.width, None)
-                torch.mm(d.t(), self.y[:, before], out=grad[:, before])
-                torch.mm(d.t(), self.x[:, rest], out=grad[:, rest])
-                self._put_updated(d, self.y[:, own], grad[:, own], stop - start)
+                torch.mm(d.t(), self.y[:, updated], out=by_y[k][rows, updated])
+                torch.mm(d.t(), self.x[:, others], out=self.grads.grads[k][rows, others])
 
-    def _own_backward(self, start: int, stop: int) -> List[torch.Tensor]:
-        """Take the block's own columns of G through its units, as if there were no others.
-
-        Returns the gradients of what the units' convolutions read from the state.
-        """
-        count, columns = stop - start, self._columns(start, stop)
-        g = self.g[:, columns].clone(memory_format=torch.contiguous_format)
-        sent = [self._buffer(f'sent {k}', len(self.weights[k]) // self.segments * count) for k in self.readers]
+    def _units_backward(self, start: int, stop: int) -> List[torch.Tensor]:
+        """Gradients of what the block's units read from the state; sends them on to the units within the block."""
+        sent = [self._buffer(f'sent {k}', len(self.unit_weights[k][0]) * (stop - start)) for k in self.readers]
         for i in reversed(range(start, stop)):
-            own = self._columns(i - start, i - start + 1)
-            received = self._buffer('received', self.width).copy_(g[:, own])
+            received = self.g[:, self._columns(i, i + 1)]
+            outs = chunks = [t.chunk(stop - start, 1)[i - start] for t in sent]
+            if not self.in_place:
+                outs = [self._buffer(f'grad {k}', t.shape[1]) for k, t in zip(self.readers, chunks, strict=True)]
+            if not self.in_place or self.kept is not None:
+                received = self._buffer('received', self.width).copy_(received)
+            grads = self._unit_backward(i, received, outs)
             if not self.residual:
-                g[:, own].zero_()
-            for k, d, whole in zip(self.readers, self._unit_backward(i, received), sent, strict=True):
-                _accumulate(g, d, self.unit_weights[k][i][:, columns])
-                whole.chunk(count, 1)[i - start].copy_(d)
-        self.g[:, columns] = g
+                self.g[:, self._columns(i, i + 1)].zero_()
+            columns = self._columns(start, i)
+            for k, d, chunk in zip(self.readers, grads, chunks, strict=True):
+                if i > start:
+                    _accumulate(self.g[:, columns], d, self.unit_weights[k][i][:, columns])
+                if not self.in_place:
+                    chunk.copy_(d)
         return sent
 
-    def _put_updated(self, d: torch.Tensor, y: torch.Tensor, grad: torch.Tensor, count: int) -> None:
-        """Write the gradient of a weight of `count` units for the columns that they have met updated by one another.
-
-        The upper half of the units has met all of the lower half as y; within each half it is the same again.
-        """
-        if count == 1:
-            return
-        lower = count // 2
-        rows, columns = d.shape[1] // count * lower, self.width * lower
-        torch.mm(d[:, rows:].t(), y[:, :columns], out=grad[rows:, :columns])
-        self._put_updated(d[:, :rows], y[:, :columns], grad[:rows, :columns], lower)
-        self._put_updated(d[:, rows:], y[:, columns:], grad[rows:, columns:], count - lower)
-
-    def _unit_backward(self, i: int, received: torch.Tensor) -> List[torch.Tensor]:
-        """Gradients of what unit i's convolutions read from the state, from that of its update."""
+    def _unit_backward(self, i: int, received: torch.Tensor, outs: List[torch.Tensor]) -> List[torch.Tensor]:
+        """Gradients of what unit i's convolutions read from the state, in `outs` if in_place, from its update's."""
         grads, sent = self.grads, []
         if self.kept is not None:
             self._scale_samples(received, i)
         count = len(self.saved) // self.segments
         saved = self.saved[i * count:(i + 1) * count]
         if len(self.readers) > 1:
-            sent.append(self.norms[-1].backward(i, received, saved[-1], self._buffer('grad_proj', self.width)))
+            sent.append(self.norms[-1].backward(i, received, saved[-1], outs[1]))
         for k in reversed(range(0, 3 * self.depth, 3)):
             h1, h2 = saved[k // 3 * 2:k // 3 * 2 + 2]
             hidden = h1.shape[1]
@@ -410,12 +435,13 @@ class _Layer:
             d = self.norms[k + 2].backward(i, received, h, self._buffer('grad_last', self.width))
             grads.add_product(k + 2, i, d, a)
             d = torch.mm(d, self.unit_weights[k + 2][i], out=self._buffer('grad_activation', hidden))
-            d = self.norms[k + 1].backward(i, _relu_backward(d, a), h2, self._buffer('grad_hidden', hidden))
+            d = self.norms[k + 1].backward(i, d, h2, self._buffer('grad_hidden', hidden), a)
             a = self._activate(k, i, h1)
             d, grad_weight = _conv3x3_backward(
                 d, a, self.unit_weights[k + 1][i], self.map_shape, self.dilation, grads.wanted(k + 1))
             grads.put(k + 1, i, grad_weight)
-            d = self.norms[k].backward(i, _relu_backward(d, a), h1, self._buffer('grad_hidden', hidden))
+            out = self._buffer('grad_hidden', hidden) if k > 0 else outs[0]
+            d = self.norms[k].backward(i, d, h1, out, a)
             if k > 0:
                 if grads.wanted(k):
                     # The input of this bottleneck is the output of the one before.
@@ -444,6 +470,7 @@ class _Gradients:
             torch.empty_like(params[5 * k], dtype=w.dtype) if needs[5 * k] else None for k, w in enumerate(weights)]
         self.grads = [t if t is None else t.view(w.shape) for t, w in zip(self.whole, weights, strict=True)]
         self.unit_grads = [t if t is None else t.chunk(segments) for t in self.grads]
+        self.parts: Dict[int, List[torch.Tensor]] = defaultdict(lambda: [None] * segments)
 
     def wanted(self, k: int) -> bool:
         return self.needs[5 * k]
@@ -455,10 +482,12 @@ class _Gradients:
 
     def put(self, k: int, i: int, grad: Optional[torch.Tensor]) -> None:
         if self.wanted(k):
-            self.unit_grads[k][i].copy_(grad)
+            self.parts[k][i] = grad
 
     def collect(self) -> List[torch.Tensor]:
         """In the order and the dtypes of the parameters."""
+        for k, parts in self.parts.items():
+            torch.cat(parts, out=self.whole[k])
         result = []
         for k, (grad, norm) in enumerate(zip(self.whole, self.norms, strict=True)):
             first, values = 5 * k, (grad, norm.grad_gammas, norm.grad_betas)
@@ -477,6 +506,8 @@ class _Norm:
 
     Takes (rows, width) matrices of one unit. Statistics and what is computed with them are float32 or float64.
     """
+
+    takes_slices = False
 
     def __init__(
             self,
@@ -531,13 +562,30 @@ class _Norm:
         return aten.native_batch_norm(
             h, self.gammas[i], self.betas[i], self.means[i], self.variances[i], False, 0.0, self.eps)[0]
 
+    def activate(self, i: int, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """ReLU of apply(), for which `out` may be h."""
+        a = self.apply(i, h, out)
+        return a.relu() if a is h and out is not h else a.relu_()
+
     @property
     def input_wanted(self) -> bool:
         """Whether backward() reads h."""
         return self.exists and (self.batch or self.affine_wanted)
 
-    def backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Gradient of h from that of apply(i, h); keeps those of gamma and beta, if they are wanted."""
+    def backward(
+            self,
+            i: int,
+            grad: torch.Tensor,
+            h: Optional[torch.Tensor],
+            out: torch.Tensor,
+            a: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Gradient of h from that of apply(i, h), or of a = activate(i, h), which it may overwrite then.
+
+        Keeps the gradients of gamma and beta, if they are wanted.
+        """
+        if a is not None:
+            grad = _relu_backward(grad, a)
         if not self.exists:
             if self.affine_wanted:
                 self.grad_betas[i] = grad.sum(0)
@@ -615,9 +663,18 @@ class _CpuNorm(_Norm):
         return aten.native_batch_norm(
             self._wide(h), self.scales[i], self.shifts[i], self.zeros, self.ones, False, 0.0, 0.0)[0].view_as(h)
 
-    def backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    def backward(
+            self,
+            i: int,
+            grad: torch.Tensor,
+            h: Optional[torch.Tensor],
+            out: torch.Tensor,
+            a: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         if not self.exists:
-            return super().backward(i, grad, h, out)
+            return super().backward(i, grad, h, out, a)
+        if a is not None:
+            grad = _relu_backward(grad, a)
         wide_grad = self._wide(grad)
         if self.input_wanted:
             wide_h = self._wide(h)
@@ -671,6 +728,19 @@ def _fold_norms(x: torch.Tensor, params: List[torch.Tensor], eps: List[float]) -
             gamma = mean = variance = gamma.new_empty(0)
         result += [weight, gamma, beta, mean, variance]
     return result
+
+
+def _cuda_norm() -> type:
+    """The norms of CUDA devices, by Triton kernels where Triton is installed."""
+    if TRITON and _has_triton():
+        from timm_gunn.triton_norm import TritonNorm
+        return TritonNorm
+    return _Norm
+
+
+@functools.lru_cache(None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec('triton') is not None
 
 
 def _readers(num_convs: int) -> List[int]:
