@@ -23,9 +23,6 @@ Products and convolutions of float32 may round to TF32 on a GPU, and cuDNN tries
 import argparse
 import csv
 import multiprocessing
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -39,10 +36,10 @@ import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
+from common import machine
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_gunn
 from timm_gunn import GunnLayer, fused
 
 KINDS = 'composite', 'library', 'folded', 'products'
@@ -339,21 +336,6 @@ def spread(values: List[float], digits: int) -> str:
 
 def ratios(times: List[float], reference: List[float]) -> List[float]:
     return [a / b for a, b in zip(times, reference, strict=True)]
-
-
-def machine(args: argparse.Namespace) -> Dict[str, str]:
-    if args.device.startswith('cuda'):
-        hardware = torch.cuda.get_device_name(args.device)
-    else:
-        hardware = platform.processor() or platform.machine()
-        if os.path.exists('/proc/cpuinfo'):
-            lines = Path('/proc/cpuinfo').read_text().splitlines()
-            names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-            hardware = names[0] if names else hardware
-        hardware += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-    return dict(
-        hardware=hardware, torch=torch.__version__, timm=timm.__version__, timm_gunn=timm_gunn.__version__,
-        python=platform.python_version(), command='python ' + shlex.join(sys.argv))
 
 
 def write_csv(path: Optional[Path], rows: List[Dict[str, object]]) -> None:

@@ -6,9 +6,9 @@
     python examples/detect.py --tiny-imagenet tiny-imagenet-200 --device cuda   # four classes of it, or --wnids ...
 
 As detectors are trained: the backbone is pretrained as a classifier (here briefly, to say which objects a scene holds),
-its norms are frozen, and the whole is fine-tuned at batch size 2, on objects drawn on photographs (examples/shapes.py),
-or on images and boxes of Tiny ImageNet. Reports COCO's mean average precision on held-out scenes. Writes
-output/detect/results.csv, the backbones' weights, and a picture with boxes per detector.
+its norms are frozen, and the whole is fine-tuned at batch size 2, on objects drawn on photographs
+(examples/drawn_scenes.py), or on images and boxes of Tiny ImageNet. Reports COCO's mean average precision on held-out
+scenes. Writes output/detect/results.csv, the backbones' weights, and a picture with boxes per detector.
 """
 import argparse
 from collections import OrderedDict
@@ -21,8 +21,8 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
-from benchmark import machine
-from shapes import (
+from common import machine, save_weights, write_csv
+from drawn_scenes import (
     CLASSES,
     COLORS,
     Scene,
@@ -40,7 +40,6 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from train_cifar import save_weights, write_csv
 
 STEPS = dict(faster_rcnn=400, retinanet=1200)  # the latter begins slowly
 

@@ -18,8 +18,8 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
+from common import check_device, save_weights
 from tqdm import tqdm
-from train_cifar import check_device, save_weights
 
 
 def load_all_but_classifier(model: torch.nn.Module, path: Path) -> None:

@@ -7,15 +7,8 @@ result tables) are those of one image at the size given.
 """
 import timm
 import torch
+from common import PUBLISHED
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# Errors in percent, Tables 3 to 5 of the paper.
-PUBLISHED = {
-    'gunn15': {'C10': 4.15, 'C100': 20.45}, 'gunn15_nores': {'C10': 4.45, 'C100': 21.15},
-    'sunn15': {'C10': 5.64, 'C100': 23.75}, 'gunn24': {'C10': 3.21, 'C100': 16.69},
-    'sunn24': {'C10': 3.88, 'C100': 19.60}, 'gunn18': {'top-1': 21.65, 'top-5': 5.87},
-    'sunn18': {'top-1': 26.16, 'top-5': 8.48}, 'wide_gunn18': {'top-1': 20.59, 'top-5': 5.52},
-}
 
 
 class Counter(TorchDispatchMode):

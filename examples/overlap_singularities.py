@@ -36,8 +36,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
-from benchmark import machine
-from train_cifar import bar, replacing, write_csv
+from common import bar, machine, replacing, write_csv
 
 CHANNELS, HIDDEN = 6, 8
 

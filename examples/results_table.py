@@ -1,4 +1,4 @@
-"""Print the README's table of trained networks, made from weights/results.csv, beside the paper's numbers.
+"""Print the table of trained networks in weights/README.md, from weights/results.csv, beside the paper's numbers.
 
     python examples/results_table.py
     python examples/results_table.py --curves gunn15=a/metrics.csv sunn15=b/metrics.csv   # the paper's Figure 3
@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from model_table import PUBLISHED
-from train_cifar import draw_curves, read_results
+from cifar_results import draw_curves, read_results
+from common import PUBLISHED
 
 RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
 

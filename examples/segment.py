@@ -5,7 +5,7 @@
     python examples/segment.py --models gunn18 --archs DeepLabV3Plus --steps 1000 --device cuda
 
 Trains each backbone under each architecture from scratch with one recipe, on objects drawn on photographs
-(examples/shapes.py), and reports the mean intersection over union of the five classes on held-out scenes. Writes
+(examples/drawn_scenes.py), and reports the mean intersection over union of the five classes on held-out scenes. Writes
 output/segment/results.csv and a picture of predictions per architecture. DeepLabV3+ runs at output stride 16, with
 rates for small images.
 """
@@ -18,9 +18,8 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from benchmark import machine
-from matplotlib.colors import ListedColormap
-from shapes import (
+from common import machine, write_csv
+from drawn_scenes import (
     CLASSES,
     COLORS,
     Scene,
@@ -34,7 +33,7 @@ from shapes import (
     masks_of,
     predict_masks,
 )
-from train_cifar import write_csv
+from matplotlib.colors import ListedColormap
 
 # The map of 64 pixels is one of 4 x 4 there: the usual rates of 12, 24 and 36 would reach beyond it.
 OPTIONS = {'DeepLabV3Plus': dict(encoder_output_stride=16, decoder_atrous_rates=(1, 2, 3))}

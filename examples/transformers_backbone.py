@@ -3,7 +3,7 @@
     pip install '.[downstream]'
     python examples/transformers_backbone.py
 
-Trains UperNet with GUNN-18 as its TimmBackbone to segment objects drawn on photographs (examples/shapes.py), from
+Trains UperNet with GUNN-18 as its TimmBackbone to segment objects drawn on photographs (examples/drawn_scenes.py), from
 scratch, reports the mean intersection over union on held-out scenes, and loads what it saved again. Then writes the
 pretrained GUNN-15 as a folder in the Hub's format, and lets TimmWrapperForImageClassification name photographs with it.
 
@@ -20,9 +20,8 @@ import numpy as np
 import timm
 import timm.models
 import torch
-from PIL import Image
-from quickstart import CIFAR10, PHOTOGRAPHS
-from shapes import (
+from common import replacing
+from drawn_scenes import (
     CLASSES,
     Scene,
     add_arguments,
@@ -34,7 +33,7 @@ from shapes import (
     masks_of,
     predict_masks,
 )
-from train_cifar import replacing
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     DetrConfig,
@@ -110,10 +109,11 @@ def classify(folder: Path) -> int:
     """How many of the photographs in examples/cifar10 are named rightly by the classifier in a folder."""
     model = TimmWrapperForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    files = sorted(PHOTOGRAPHS.glob('*.jpg'))
+    files = sorted((Path(__file__).parent / 'cifar10').glob('*.jpg'))
     with torch.no_grad():
         predicted = model(**processor([Image.open(f).convert('RGB') for f in files])).logits.argmax(1)
-    return sum(CIFAR10[p] == f.stem.rstrip('0123456789') for p, f in zip(predicted, files, strict=True))
+    names = timm.get_pretrained_cfg('gunn15.c10').label_names
+    return sum(names[p] == f.stem.rstrip('0123456789') for p, f in zip(predicted, files, strict=True))
 
 
 def main(argv: Optional[List[str]] = None) -> None:

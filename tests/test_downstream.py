@@ -29,8 +29,8 @@ cbook, samples = library('matplotlib.cbook'), library('sklearn.datasets')
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
+import drawn_scenes
 import finetune
-import shapes
 
 
 def randomised(name, **kwargs):
@@ -73,7 +73,7 @@ def test_smp_output_stride(name, output_stride):
 
 @pytest.mark.parametrize('name', CIFAR)
 def test_smp_cifar_networks(name):
-    """Three maps, of strides 1, 2 and 4: depth 2, as the README says."""
+    """Three maps, of strides 1, 2 and 4: depth 2."""
     smp = library('segmentation_models_pytorch')
     with torch.device('meta'):
         model = smp.Unet(
@@ -110,8 +110,8 @@ def test_segment(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(f))
     assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
     for row in rows:
-        assert float(row['miou']) == pytest.approx(np.nanmean([float(row[c]) for c in shapes.CLASSES]))
-    held_out = shapes.make_scenes(1, 64, held_out=True)
+        assert float(row['miou']) == pytest.approx(np.nanmean([float(row[c]) for c in drawn_scenes.CLASSES]))
+    held_out = drawn_scenes.make_scenes(1, 64, held_out=True)
     assert all(np.array_equal(s.image, t.image) for s, t in zip(scored[0], held_out, strict=True))
     assert len(scored) == 2
     assert (tmp_path / 'unet.png').read_bytes().startswith(b'\x89PNG')
@@ -128,15 +128,15 @@ def test_segment(tmp_path, capsys, monkeypatch):
 
 
 def stated(example):
-    """Rows of the runs whose tables the README has."""
+    """Rows of the runs whose tables examples/README.md has."""
     with open(EXAMPLES / 'results' / f'{example}.csv', newline='') as f:
         return list(csv.DictReader(f))
 
 
 @pytest.mark.parametrize(('example', 'columns'), [
-    ('segment', ('miou', *shapes.CLASSES, 'minutes')), ('detect', ('ap', 'ap50', 'ap75', 'minutes'))])
+    ('segment', ('miou', *drawn_scenes.CLASSES, 'minutes')), ('detect', ('ap', 'ap50', 'ap75', 'minutes'))])
 def test_tables_in_the_readme(example, columns):
-    readme = (EXAMPLES.parent / 'README.md').read_text()
+    readme = (EXAMPLES / 'README.md').read_text()
     rows = stated(example)
     column, whats = dict(
         segment=('architecture', ('Unet', 'DeepLabV3Plus')),
@@ -153,7 +153,7 @@ def test_tables_in_the_readme(example, columns):
 @pytest.mark.slow  # a training of several minutes each
 @pytest.mark.parametrize('example', ['segment', 'detect'])
 def test_stated_results(example, tmp_path):
-    """The first row of the README's table by its options, to five points: another machine rounds otherwise."""
+    """The first row of the table by its options, to five points: another machine rounds otherwise."""
     library('segmentation_models_pytorch')
     library('torchmetrics')
     import detect
@@ -171,15 +171,15 @@ def test_stated_results(example, tmp_path):
 
 def test_intersection_over_union():
     """Against its definition."""
-    scenes = shapes.make_scenes(4, 64, held_out=True)
+    scenes = drawn_scenes.make_scenes(4, 64, held_out=True)
     truth = torch.stack([torch.from_numpy(s.mask).long() for s in scenes])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 5, truth.shape, generator=generator)
     predicted = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, noise)
     expected = [((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum() for c in range(5)]
-    assert shapes.intersection_over_union(predicted, scenes) == pytest.approx([e.item() for e in expected])
+    assert drawn_scenes.intersection_over_union(predicted, scenes) == pytest.approx([e.item() for e in expected])
     scenes = [s._replace(mask=0 * s.mask) for s in scenes]
-    ious = shapes.intersection_over_union(torch.zeros_like(truth), scenes)
+    ious = drawn_scenes.intersection_over_union(torch.zeros_like(truth), scenes)
     assert ious[0] == 1
     assert np.isnan(ious[1:]).all()  # neither there nor predicted
 
@@ -199,7 +199,7 @@ def test_torchvision_fpn_on_the_whole_network(name):
 
 
 def detect_args(size):
-    return argparse.Namespace(size=size, classes=shapes.CLASSES, tiny_imagenet=None)
+    return argparse.Namespace(size=size, classes=drawn_scenes.CLASSES, tiny_imagenet=None)
 
 
 @pytest.mark.parametrize('detector', ['faster_rcnn', 'retinanet'])
@@ -215,11 +215,11 @@ def test_torchvision_detectors(detector, tmp_path):
     state = source.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in body.state_dict().items())
     before = {k: v.clone() for k, v in body.named_buffers()}
-    scenes = shapes.make_scenes(2, 64, held_out=False)
-    losses = model.train()([shapes.to_tensor(s.image) for s in scenes], [target(s, 'cpu') for s in scenes])
+    scenes = drawn_scenes.make_scenes(2, 64, held_out=False)
+    losses = model.train()([drawn_scenes.to_tensor(s.image) for s in scenes], [target(s, 'cpu') for s in scenes])
     assert_trains(body, sum(losses.values()))
     assert_close(dict(body.named_buffers()), before, rtol=0, atol=0)
-    found = model.eval()([shapes.to_tensor(s.image) for s in scenes])
+    found = model.eval()([drawn_scenes.to_tensor(s.image) for s in scenes])
     assert all(set(f) == {'boxes', 'labels', 'scores'} for f in found)
 
 
@@ -235,7 +235,7 @@ def test_anchors_of_the_detectors(detector, tmp_path):
     x = torch.zeros(1, 3, 96, 96)
     generator = model.anchor_generator if detector == 'retinanet' else model.rpn.anchor_generator
     anchors, = generator(ImageList(x, [(96, 96)]), list(model.backbone(x).values()))
-    boxes = torch.cat([torch.from_numpy(s.boxes) for s in shapes.make_scenes(200, 96, held_out=False)])
+    boxes = torch.cat([torch.from_numpy(s.boxes) for s in drawn_scenes.make_scenes(200, 96, held_out=False)])
     assert (box_iou(boxes, anchors).amax(1) >= 0.5).float().mean() > 0.98
 
 
@@ -244,7 +244,7 @@ def test_average_precision():
     library('torchmetrics')
     library('pycocotools')
     from detect import average_precision, target
-    scenes = shapes.make_scenes(20, 128, held_out=True)
+    scenes = drawn_scenes.make_scenes(20, 128, held_out=True)
 
     def found(scale=1.0, shift=0):
         truth = [target(s, 'cpu') for s in scenes]
@@ -274,7 +274,7 @@ def test_detect(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(f))
     assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
     assert {row['steps'] for row in rows} == {'2'}
-    held_out = shapes.make_scenes(1, 64, held_out=True)
+    held_out = drawn_scenes.make_scenes(1, 64, held_out=True)
     assert all(np.array_equal(s.image, t.image) for s, t in zip(scored[0], held_out, strict=True))
     assert len(scored) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -316,16 +316,16 @@ def tiny_imagenet(tmp_path):
 def test_tiny_imagenet_boxes(tiny_imagenet):
     for held_out, names in ((False, [f'n{c}_{i}' for c in (2, 3) for i in range(5)]),
                             (True, [f'val_n{c}{i}' for c in (2, 3) for i in (5, 6)])):
-        found = shapes.tiny_imagenet_boxes(tiny_imagenet, ['n2', 'n3'], held_out)
+        found = drawn_scenes.tiny_imagenet_boxes(tiny_imagenet, ['n2', 'n3'], held_out)
         assert [(path.stem, label) for path, label, _ in found] == [(n, 1 if 'n2' in n else 2) for n in names]
-    scenes = shapes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 99, 128, held_out=False)
+    scenes = drawn_scenes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 99, 128, held_out=False)
     assert sorted(s.labels.item() for s in scenes) == [1] * 5 + [2] * 5
     for scene in scenes:
         assert scene.image.shape == (128, 128, 3)
         rows, columns = np.nonzero(scene.image.mean(2) < 128)
         expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert np.abs(scene.boxes - expected).max() <= 1
-    assert len(shapes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 3, 64, held_out=True)) == 3
+    assert len(drawn_scenes.tiny_imagenet_scenes(tiny_imagenet, ['n2', 'n3'], 3, 64, held_out=True)) == 3
 
 
 def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
@@ -454,8 +454,8 @@ def test_timm_wrapper(tmp_path):
 # --- The scenes, and plain fine-tuning ---
 
 def test_scenes():
-    scenes = shapes.make_scenes(50, 64, held_out=False, seed=3)
-    for scene, again in zip(scenes, shapes.make_scenes(50, 64, held_out=False, seed=3), strict=True):
+    scenes = drawn_scenes.make_scenes(50, 64, held_out=False, seed=3)
+    for scene, again in zip(scenes, drawn_scenes.make_scenes(50, 64, held_out=False, seed=3), strict=True):
         for a, b in zip(scene, again, strict=True):
             assert np.array_equal(a, b)
         assert scene.image.shape == (64, 64, 3)
@@ -465,20 +465,21 @@ def test_scenes():
             for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):  # the box is tight
                 assert edge.any()
     assert {label for scene in scenes for label in scene.labels} == {1, 2, 3, 4}
-    assert [len(b) for b in shapes.batches(10, 4, 5)] == [4] * 5
-    first = torch.cat(list(shapes.batches(8, 4, 2)))
+    assert [len(b) for b in drawn_scenes.batches(10, 4, 5)] == [4] * 5
+    first = torch.cat(list(drawn_scenes.batches(8, 4, 2)))
     assert first.sort().values.tolist() == list(range(8))
 
 
 def test_held_out_scenes_show_nothing_of_the_training_scenes(monkeypatch):
     with cbook.get_sample_data('grace_hopper.jpg') as f:
         wholes = [*samples.load_sample_images().images, np.asarray(Image.open(f).convert('RGB'))]
-    for left, right, whole in zip(shapes.photographs(False), shapes.photographs(True), wholes, strict=True):
+    for left, right, whole in zip(drawn_scenes.photographs(False), drawn_scenes.photographs(True), wholes, strict=True):
         assert np.array_equal(np.concatenate([left, right], 1), whole)  # no pixel is in both
     # Behind objects and, by half, in them is what photographs(held_out) gives and nothing else.
-    monkeypatch.setattr(shapes, 'photographs', lambda held_out: [np.full((99, 99, 3), 40 + 170 * held_out, np.uint8)])
+    monkeypatch.setattr(
+        drawn_scenes, 'photographs', lambda held_out: [np.full((99, 99, 3), 40 + 170 * held_out, np.uint8)])
     for held_out, level in ((False, 40), (True, 210)):
-        for scene in shapes.make_scenes(20, 64, held_out):
+        for scene in drawn_scenes.make_scenes(20, 64, held_out):
             assert (scene.image[scene.mask == 0] == level).all()
             objects = scene.image[scene.mask > 0]
             assert (objects >= level // 2).all()
@@ -495,7 +496,7 @@ def test_fit():
         seen.append(batch)
         return (model(x[batch])[:, 0] - y[batch]).square().mean()
 
-    shapes.fit(model, loss_of, 8, 4, 200, 0.1, seed=0)
+    drawn_scenes.fit(model, loss_of, 8, 4, 200, 0.1, seed=0)
     assert (model.weight[0] - w[0]).abs().max() < 0.05
     assert len(seen) == 200
     assert all(len(batch) == 4 for batch in seen)

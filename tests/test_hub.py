@@ -281,7 +281,7 @@ def test_the_printed_lines_make_it_pretrained(hub, publish, tmp_path):
     assert count == 1
     source.write_text(code)
     known = {**known_weights(), **json.loads(f'{{{record}}}')}
-    (source.parent / 'weights.json').write_text(json.dumps(known))
+    (source.parent / 'fingerprints.json').write_text(json.dumps(known))
     client = Client(hub, tmp_path / 'home', PYTHONPATH=str(tmp_path / 'copy'))
     try:
         where = client('import timm_gunn; print(timm_gunn.__file__)')[0]

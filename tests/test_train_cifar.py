@@ -25,8 +25,12 @@ from torch.utils._pytree import tree_flatten
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
+import common
 import train_cifar
-from train_cifar import Run, augment, ensemble, load_data, make_scheduler, normalise, parse_args, replacing
+from cifar_data import augment, load_data, normalise
+from cifar_options import parse_args
+from cifar_results import ensemble
+from train_cifar import Run, make_scheduler
 
 CLASSES, TRAIN, TEST = 3, 8, 4  # classes, and images of each
 
@@ -342,7 +346,7 @@ def assert_same_run(whole, other):
 KILLER = """
 import os, signal, sys
 sys.path.insert(0, {examples!r})
-import train_cifar
+import cifar_results, train_cifar
 
 def run(owner, name, calls):
     original = getattr(owner, name)
@@ -359,7 +363,7 @@ for owner, name, calls in {moments!r}:
     # This process has computed nothing, so that one forked from it is as good as a new one, and is there at once.
     child = os.fork()
     if child == 0:
-        run(train_cifar if owner is None else getattr(train_cifar, owner), name, calls)
+        run(eval(owner), name, calls)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, (owner, name, status)
@@ -371,12 +375,12 @@ def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path):
     args = arguments(images, tmp_path / 'killed', *EVERYTHING, '--checkpoint-minutes', '0', '--results',
                      str(tmp_path / 'results.csv'))
     moments = [
-        ('Run', 'train_step', 3),  # in an epoch
-        ('Path', 'replace', 2),  # the new checkpoint is written, the old one in its place
-        ('Run', 'end_epoch', 2),  # there is a snapshot and no checkpoint from after it
-        (None, 'report', 2),  # a checkpoint and no metrics
-        (None, 'ensemble', 1),  # at the end
-        (None, 'write_csv', 4)]  # the run's results stand in the common file, not yet in its own
+        ('train_cifar.Run', 'train_step', 3),  # in an epoch
+        ('cifar_results.Path', 'replace', 2),  # the new checkpoint is written, the old one in its place
+        ('train_cifar.Run', 'end_epoch', 2),  # there is a snapshot and no checkpoint from after it
+        ('train_cifar', 'report', 2),  # a checkpoint and no metrics
+        ('cifar_results', 'ensemble', 1),  # at the end
+        ('cifar_results', 'write_csv', 4)]  # the run's results stand in the common file, not yet in its own
     result = subprocess.run(
         [sys.executable, '-c', KILLER.format(examples=str(EXAMPLES), args=args, moments=moments)],
         capture_output=True, text=True, timeout=300)
@@ -414,7 +418,7 @@ def test_signals_pause(main, monkeypatch, number):
 
 def test_two_processes_do_not_share_an_output(images, tmp_path, main):
     (tmp_path / 'out').mkdir()
-    with train_cifar.locked(tmp_path / 'out' / '.lock', wait=False), pytest.raises(
+    with common.locked(tmp_path / 'out' / '.lock', wait=False), pytest.raises(
             SystemExit, match=r'another process trains in .*out; expected another --output'):
         main('--epochs', '4')
     assert 'paused' in main('--epochs', '4', '--pause-after', '0')
@@ -473,7 +477,7 @@ def test_snapshot_ensemble_averages_probabilities(images, tmp_path):
         model = timm.create_model('gunn15', num_classes=CLASSES).eval()
         torch.nn.init.normal_(model.head.fc.weight, std=0.3)
         path = tmp_path / f'snapshot_{cycle}.safetensors'
-        train_cifar.save_weights(model, path)
+        common.save_weights(model, path)
         model.load_state_dict(safetensors.torch.load_file(path))  # rounded to float16
         with torch.no_grad():
             probs.append(model(x).softmax(1))
@@ -630,7 +634,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     path.write_text('old')
 
     def write(text, fail):
-        with replacing(path) as part:
+        with common.replacing(path) as part:
             part.write_text(text)
             if fail:
                 raise OSError('disk full')
@@ -640,7 +644,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == 'old'
     write('new', fail=False)
     assert path.read_text() == 'new'
-    train_cifar.save_weights(torch.nn.Linear(2, 1), tmp_path / 'weights')
+    common.save_weights(torch.nn.Linear(2, 1), tmp_path / 'weights')
     assert {p.name for p in tmp_path.iterdir()} == {'file', 'weights'}
     # safetensors by itself leaves its files to their owner.
     (tmp_path / 'other').touch()

@@ -5,6 +5,11 @@ imported, so arm() only leaves a hook for the import system, which registers the
 executed and is then gone. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
 calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
 of torch or timm. An editable install holds a copy, too: after a change to this file, install again.
+
+The group is meant for device backends; such a hook is tolerated rather than endorsed. TORCH_DEVICE_BACKEND_AUTOLOAD=0
+switches all entry points of the group off. `import timm_gunn`, before or after timm, registers the models as well. An
+installation that was half removed leaves the entry point without this module, and PyTorch then raises an error:
+`pip install timm-gunn` or `pip uninstall timm-gunn` mends that.
 """
 import sys
 

@@ -26,7 +26,7 @@ FILENAME = 'model.safetensors'
 
 def known_weights() -> Dict[str, Dict[str, Any]]:
     """For each pretrained name, 'sha256' of its file and 'logits' of fingerprint()."""
-    return json.loads((Path(__file__).parent / 'weights.json').read_text())
+    return json.loads((Path(__file__).parent / 'fingerprints.json').read_text())
 
 
 def sha256(path: Path) -> str:

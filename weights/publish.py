@@ -211,7 +211,7 @@ def evaluate(file: Path, args: argparse.Namespace) -> Dict[str, float]:
 
 
 def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
-    """Everything that is to be uploaded; returns the record for timm_gunn/weights.json."""
+    """Everything that is to be uploaded; returns the record for timm_gunn/fingerprints.json."""
     model = load_weights(args)
     model.pretrained_cfg = dict(model.pretrained_cfg, license=args.license)
     timm.models.save_for_hf(model, folder, safe_serialization=True)
@@ -446,7 +446,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     print(f"""{args.repo} at {commit} has been checked. Lines that make it the pretrained weights of {args.model},
 in timm_gunn/gunn.py, default_cfgs (in place of the entry that is there):
     {args.model!r}: {CONFIGS[args.model.split('.')[1]]}(hf_hub_id='{args.repo}@{commit}'),
-in timm_gunn/weights.json (likewise):
+in timm_gunn/fingerprints.json (likewise):
     {json.dumps({args.model: record})[1:-1]}""")
 
 

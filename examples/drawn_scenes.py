@@ -21,12 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
+from common import check_device, replacing
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
-from train_cifar import check_device, replacing
 
 CLASSES = ('background', 'disc', 'square', 'triangle', 'star')
 COLORS = ('#000000', '#e63c3c', '#3cc85a', '#466ef0', '#f0d23c')
