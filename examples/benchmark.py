@@ -116,15 +116,12 @@ class Network:
             return self.model.train()(self.x)
 
     def train(self) -> None:
-        self.forward_backward()
-        self.optimizer.step()
-
-    def forward_backward(self) -> None:
         self.model.train()
         self.optimizer.zero_grad()
         with autocast(self.args):
             loss = F.cross_entropy(self.run(self.x), self.target)
         loss.backward()
+        self.optimizer.step()
 
     def inference(self) -> None:
         self.model.eval()
@@ -132,19 +129,20 @@ class Network:
             self.run(self.x)
 
     def capture(self, bench: str) -> None:
-        """Replay a CUDA graph in place of all but the optimizer's step from here on."""
-        name = 'forward_backward' if bench == 'train' else bench
-        run = getattr(self, name)
+        """Replay CUDA graphs from here on: of forward and backward pass, or of the inference."""
+        if bench == 'train':
+            with torch.autocast('cuda', getattr(torch, self.args.dtype), self.args.dtype != 'float32', False):
+                torch.cuda.make_graphed_callables(self.model.train(), (self.x,))
+            return
+        graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # what is allocated or chosen once must be so before the capture
-                run()
+            self.inference()  # what is allocated or chosen once must be so before the capture
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        setattr(self, name, graph.replay)
+            self.inference()
+        self.inference = graph.replay
 
 
 class RecordProducts(TorchDispatchMode):

@@ -44,7 +44,7 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
     graphs = ['--graphs'] if args.device.startswith('cuda') else []
     benchmark = [sys.executable, str(ROOT / 'examples' / 'benchmark.py'), '--device', args.device, '--models']
     pytest = [
-        sys.executable, '-m', 'pytest', '-m', 'gpu', '-q', '--maxfail=10', '--durations=5', '-p', 'no:cacheprovider',
+        sys.executable, '-m', 'pytest', '-m', 'gpu', '-v', '--maxfail=10', '--durations=5', '-p', 'no:cacheprovider',
         *(['-n', '8'] if importlib.util.find_spec('xdist') else [])]
 
     def bench(models: str, batch_size: int, img_size: int, *options: str, dtype: str = 'bfloat16') -> List[str]:

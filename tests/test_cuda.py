@@ -58,14 +58,13 @@ def test_train_step_in_a_cuda_graph(autocast):
     batches = torch.randn(5, 8, 3, 16, 16, device=DEVICE)
     x, target = torch.empty_like(batches[0]), torch.arange(8, device=DEVICE)
     step = make_step(model, x.zero_(), target, autocast)
-    stream = torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # the stream of the gradients that are accumulated
         captured = step()
     model.load_state_dict(state)  # warm-up has moved the running statistics
 

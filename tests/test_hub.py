@@ -208,7 +208,7 @@ def test_dry_run_writes_the_folder(hub, publish, checkpoint, images):
     state = raw_weights(checkpoint)
     saved = safetensors.torch.load_file(folder / 'model.safetensors')
     assert state.keys() == saved.keys()
-    assert all(torch.equal(state[k], saved[k]) for k in state)
+    assert all(torch.equal(v.half() if v.ndim > 1 else v, saved[k]) for k, v in state.items())
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'gunn15'
     assert config['num_classes'] == CLASSES
@@ -540,15 +540,15 @@ def test_missing_repository_or_revision(hub, client, published):
     assert 'make sure you specified the correct `repo_id`' in error
     _, error = client(LOAD.format(f'hf-hub:{REPO}@{"0" * 40}'))
     assert 'RevisionNotFoundError' in error
-    _, error = client(LOAD.format('gunn18'))
+    _, error = client(LOAD.format('sunn18'))
     assert error == (
-        'RuntimeError: No pretrained weights exist for gunn18. Use `pretrained=False` for random init.')
+        'RuntimeError: No pretrained weights exist for sunn18. Use `pretrained=False` for random init.')
 
 
 def test_connection_cut_once(hub, client, publish, published, tmp_path):
     """The client goes on where it was: of files over 10 MB, which it writes in pieces of that size."""
     state = safetensors.torch.load_file(publish.folder / 'model.safetensors')
-    safetensors.torch.save_file(state, tmp_path / 'large', metadata=dict(padding='x' * 7_000_000))
+    safetensors.torch.save_file(state, tmp_path / 'large', metadata=dict(padding='x' * 11_000_000))
     content = (tmp_path / 'large').read_bytes()
     head = hub.repos[REPO].add({'model.safetensors': (content, True)}, 'with padding')
     ranges = []
@@ -847,7 +847,7 @@ def test_shipped_configs_are_owned_and_pinned():
     """Weights of a config are a file of the package, or a full Hub id with a commit; and verify knows them."""
     known = known_weights()
     names = timm.list_models(module='gunn', include_tags=True)
-    assert len(names) == 13
+    assert len(names) == 14
     for name in names:
         cfg = timm.get_pretrained_cfg(name)
         assert not cfg.url

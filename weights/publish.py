@@ -221,9 +221,10 @@ def write_folder(folder: Path, args: argparse.Namespace) -> Dict[str, Any]:
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     if args.checkpoint.suffix == '.safetensors':  # the same bytes, and so the same sha256
         shutil.copyfile(args.checkpoint, folder / FILENAME)
-    else:
-        state = {k: v.contiguous() for k, v in model.state_dict().items()}
-        safetensors.torch.save_file(state, folder / FILENAME, metadata=dict(format='pt'))  # as train_cifar.py has it
+    else:  # as examples/train_cifar.py stores them
+        state = {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(state, folder / FILENAME, metadata=dict(format='pt'))
+        model.load_state_dict(state)
     (folder / FILENAME).chmod((folder / 'config.json').stat().st_mode)  # not for its owner alone, as safetensors has it
     result = evaluate(folder / FILENAME, args)
     record = dict(sha256=sha256(folder / FILENAME), logits=fingerprint(model, model.pretrained_cfg['input_size']))
