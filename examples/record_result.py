@@ -42,7 +42,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--split', default='val')
     parser.add_argument('--dataset-name', required=True)
     parser.add_argument('--command', required=True, help='of the training')
-    parser.add_argument('--minutes', type=float, required=True, help='of the training')
+    parser.add_argument('--minutes', type=float, default='', help='of the training')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--results', type=Path, default=RESULTS)
     for name in ('hardware', 'versions', 'commit'):

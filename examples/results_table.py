@@ -18,7 +18,9 @@ RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
 
 
 def spread(values: List[float], digits: int) -> str:
-    """Mean, and the range if there are several values."""
+    """Mean, and the range if there are several values; nothing if there are none."""
+    if not values:
+        return ''
     mean = f'{statistics.mean(values):.{digits}f}'
     return mean if len(values) == 1 else f'{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})'
 
@@ -38,8 +40,8 @@ def print_table(path: Path) -> None:
         if weights == 'EMA':
             recipe += ', averaged weights'
         print(f'| `{model}` | {data}, {images} images | {epochs} | {recipe} | {", ".join(r["seed"] for r in rows)} '
-              f'| {spread([float(r["error"]) for r in rows], 2)} | {spread([float(r["minutes"]) for r in rows], 0)} '
-              f'| {hardware} | {published} |')
+              f'| {spread([float(r["error"]) for r in rows], 2)} '
+              f'| {spread([float(r["minutes"]) for r in rows if r["minutes"]], 0)} | {hardware} | {published} |')
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -1,5 +1,6 @@
 """The examples run as scripts, briefly."""
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -219,45 +220,57 @@ def test_training_dynamics(tmp_path, capsys):
 
 
 def test_reproduce_script(tmp_path):
-    """Its commands, as it gives them to a stand-in for python, are ones that the trainer takes."""
-    (tmp_path / 'python').write_text(
-        '#!/bin/sh\nprintf "%s\\t" "$@" >> "$LOG"; echo >> "$LOG"\nwhile [ "$1" != --output ]; do shift; done\n'
-        'if [ -z "$PAUSE" ]; then mkdir -p "$2"; touch "$2/result.csv"; fi\n')
+    """Its commands, as it gives them to a stand-in for python: what has ended is skipped, what was killed goes on."""
+    (tmp_path / 'python').write_text("""#!/bin/sh
+printf '%s\\t' "$@" >> "$LOG"; echo >> "$LOG"
+case $1 in
+  *train_cifar.py) while [ "$1" != --output ]; do shift; done; mkdir -p "$2"
+                   [ "$KILL" = cifar ] || touch "$2/result.csv";;
+  *train.py) while [ "$1" != --experiment ]; do shift; done; mkdir -p "$OUTPUT/$2"; touch "$OUTPUT/$2/last.pth.tar"
+             [ "$KILL" != stock ] || exit 1;;
+esac
+""")
     (tmp_path / 'python').chmod(0o755)
-    (tmp_path / 'data' / 'cifar-100-python').mkdir(parents=True)
+    for folder in ('data/cifar10', 'data/tiny-imagenet', 'timm'):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / 'timm' / 'train.py').touch()
+    log = tmp_path / 'log'
 
-    def reproduce(**env):
-        log = tmp_path / 'log'
+    def reproduce(returncode=0, **env):
         log.write_text('')
         result = subprocess.run(
-            [EXAMPLES.parent / 'weights' / 'reproduce.sh', 'data', 'a copy', '--device', 'cpu'],
-            capture_output=True, text=True, cwd=tmp_path, env={
-                **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'LOG': str(log),
-                'OUTPUT': str(tmp_path / 'out'), 'EPOCHS': '7', 'SEEDS': '3 4', **env})
-        assert result.returncode == 0, result.stderr
-        commands = [line.split('\t') for line in log.read_text().splitlines()]
-        assert all(command[0] == 'examples/train_cifar.py' for command in commands)
-        return [train_cifar.parse_args(command[1:-1]) for command in commands], result.stdout
+            [EXAMPLES.parent / 'weights' / 'reproduce.sh', 'data', 'timm'], capture_output=True, text=True,
+            cwd=tmp_path, env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'LOG': str(log),
+                 'OUTPUT': str(tmp_path / 'out'), 'EPOCHS': '7', 'TINY_EPOCHS': '3', 'SEEDS': '3 4', **env})
+        assert result.returncode == returncode, result.stderr
+        return [line.split('\t')[:-1] for line in log.read_text().splitlines()], result.stdout
 
-    runs, printed = reproduce(PAUSE='1')
-    assert len(runs) == 1
+    commands, printed = reproduce(KILL='cifar')
+    assert len(commands) == 1
     assert printed == 'paused; say it again to go on\n'
-    runs, _ = reproduce()
-    assert [(r.model, r.epochs, r.schedule, r.seed) for r in runs] == [
-        ('gunn15', 7, 'onecycle', 3), ('sunn15', 7, 'onecycle', 3), ('gunn15_nores', 7, 'onecycle', 3),
-        ('gunn15', 7, 'onecycle', 4), ('sunn15', 7, 'onecycle', 4), ('gunn15_nores', 7, 'onecycle', 4),
-        ('gunn15', 300, 'step', 0), ('gunn15', 300, 'snapshot', 0),
-        ('gunn24', 7, 'onecycle', 0), ('sunn24', 7, 'onecycle', 0),
-        ('gunn15.c100', 7, 'onecycle', 0), ('sunn15.c100', 7, 'onecycle', 0)]
-    assert len({r.output for r in runs}) == len(runs)
-    assert {r.device for r in runs} == {'cpu'}
-    assert {r.data_dir for r in runs} == {tmp_path / 'data'}
-    assert [(r.dataset, r.dataset_name) for r in runs] == [('folder', 'a copy')] * 10 + [('cifar100', None)] * 2
+    commands, _ = reproduce(1, KILL='stock')
+    assert [Path(c[0]).name for c in commands] == ['train_cifar.py', 'train.py']
+    assert '--resume' not in commands[-1]
+    commands, _ = reproduce()
+    assert [Path(c[0]).name for c in commands] == [
+        'train.py', 'record_result.py', 'train_cifar.py', *['train.py', 'record_result.py'] * 6,
+        *['train_cifar.py'] * 3]
+    checkpoint = tmp_path / 'out' / 'gunn18-tiny-imagenet-3-0' / 'last.pth.tar'
+    assert commands[0][commands[0].index('--resume') + 1] == str(checkpoint)
+    assert ['--minutes' in c for c in commands if 'record_result' in c[0]] == [False, *[True] * 6]
+    trained = [dict(itertools.pairwise(c)) for c in commands if c[0].endswith('train.py')]
+    assert [(c['--model'], c['--data-dir'], c['--epochs'], c['--seed']) for c in trained] == [
+        ('gunn18', 'tiny-imagenet', '3', '0'), *[(m, 'imagenette', '5', s) for s in '34' for m in (
+            'gunn18', 'sunn18', 'resnet50')]]
+    runs = [train_cifar.parse_args(c[1:]) for c in commands if 'train_cifar' in c[0]]
+    assert [(r.model, r.dataset_name, r.epochs, r.device) for r in runs] == [
+        ('sunn15', 'CIFAR-10', 7, 'cpu'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu'),
+        ('gunn15.c100', 'CIFAR-100', 7, 'cpu'), ('sunn15.c100', 'CIFAR-100', 7, 'cpu')]
     assert reproduce() == ([], '')  # all done
     result = subprocess.run(
-        [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'a copy'], capture_output=True, text=True)
+        [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'timm'], capture_output=True, text=True)
     assert result.returncode == 2
-    assert 'usage: weights/reproduce.sh DATA_DIR NAME' in result.stderr
+    assert 'usage: weights/reproduce.sh DATA TIMM' in result.stderr
 
 
 def test_tiny_imagenet(tmp_path):

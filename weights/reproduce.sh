@@ -1,55 +1,67 @@
 #!/usr/bin/env bash
-# Trains what weights/results.csv is to hold on CIFAR, in the order of its worth, on the fastest device there is.
-usage='usage: weights/reproduce.sh DATA_DIR NAME [option of examples/train_cifar.py, for every run] ...
-  DATA_DIR holds train/<class>/* and test/<class>/* of CIFAR-10 and, for CIFAR-100, torchvision'"'"'s cifar-100-python.
-  NAME is what results call the image folder, such as "CIFAR-10 (JPEG copy)" for a copy that has lost something.
-  EPOCHS (30), SEEDS (0 1 2) and OUTPUT (output/reproduce) come from the environment.
-  Said again after a kill or a pause, it goes on.'
+# The trainings behind weights/results.csv, one after the other, in order of worth.
+usage='usage: weights/reproduce.sh DATA TIMM
+  DATA holds image folders: cifar10 and cifar100 (train, test), tiny-imagenet and imagenette (train, val).
+  TIMM is a checkout of pytorch-image-models. What has ended is skipped, and what was killed goes on.
+  EPOCHS of CIFAR (16), TINY_EPOCHS (8), DEVICE (cpu) and OUTPUT (output/reproduce) come from the environment.
+  The defaults take two CPU cores about a day. For a GPU: DEVICE=cuda EPOCHS=300 TINY_EPOCHS=40.'
 set -euo pipefail
-if [ $# -lt 2 ] || [ ! -d "$1" ]; then
+if [ $# != 2 ] || [ ! -d "$1" ] || [ ! -f "$2/train.py" ]; then
   echo "$usage" >&2
   exit 2
 fi
-data=$(cd "$1" && pwd)
-name=$2
-shift 2
+data=$(realpath "$1") timm=$(realpath "$2")
 cd "$(dirname "$0")/.."
-epochs=${EPOCHS:-30}
-seeds=${SEEDS:-0 1 2}
-output=${OUTPUT:-output/reproduce}
-options=("$@")
+epochs=${EPOCHS:-16} tiny_epochs=${TINY_EPOCHS:-8} device=${DEVICE:-cpu}
+output=$(realpath -m "${OUTPUT:-output/reproduce}") root=$PWD
+export PYTHONPATH=$root
+# glibc then keeps large buffers from step to step.
+export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000
+if [ "$device" = cpu ]; then
+  batch=64 on=(--dtype bfloat16)
+else
+  batch=256 on=(--graphs)
+fi
 
-train() {  # FOLDER OPTION...
-  local folder=$output/$1
-  shift
+cifar() {  # MODEL DATA NAME
+  local folder=$output/$1-$2-$epochs
   if [ -e "$folder/result.csv" ]; then return; fi
-  python examples/train_cifar.py --data-dir "$data" --output "$folder" --results weights/results.csv "$@" "${options[@]}"
+  (cd "$data" && python "$root/examples/train_cifar.py" --data-dir "$2" --dataset-name "$3" --model "$1" \
+    --device "$device" "${on[@]}" --batch-size $batch --epochs "$epochs" --schedule onecycle --weight-decay 5e-4 \
+    --smoothing 0.1 --shift 0 --output "$folder" --results "$root/weights/results.csv")
   if [ ! -e "$folder/result.csv" ]; then
     echo 'paused; say it again to go on'
     exit
   fi
 }
 
-cifar10() {  # FOLDER OPTION...
-  train "$@" --dataset-name "$name"
+stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED, by timm's train.py
+  local folder=$output/$1-$2-$6-$7 resume=() command
+  if [ -e "$folder/done" ]; then return; fi
+  command=(python train.py --data-dir "$2" --val-split val --model "$1" --num-classes "$4" --img-size "$5" --seed "$7"
+    --batch-size 64 --epochs "$6" --opt sgd --lr 0.1 --weight-decay 5e-4 --sched cosine --sched-on-updates
+    --warmup-epochs 1 --warmup-lr 1e-3 --min-lr 0 --scale 0.25 1 --crop-pct 1 --color-jitter 0 --smoothing 0.1
+    --amp --amp-dtype bfloat16 --channels-last --checkpoint-hist 1)
+  if [ -e "$folder/last.pth.tar" ]; then
+    resume=(--resume "$folder/last.pth.tar")
+  fi
+  local start=$SECONDS
+  (cd "$data" && "${command[@]/#train.py/$timm/train.py}" --device "$device" --workers 2 --output "$output" \
+    --experiment "$(basename "$folder")" "${resume[@]}")
+  python examples/record_result.py "$folder/last.pth.tar" "$folder/model.safetensors" --timm "$timm" \
+    --data-dir "$data/$2" --dataset-name "$3" --device "$device" --command "${command[*]}" \
+    $([ ${#resume[@]} -gt 0 ] || echo --minutes $(((SECONDS - start) / 60)))
+  touch "$folder/done"
 }
 
-# The order and the residual, at equal budget (Table 5).
-for seed in $seeds; do
-  for model in gunn15 sunn15 gunn15_nores; do
-    cifar10 "$model-$epochs-$seed" --model $model --epochs "$epochs" --schedule onecycle --seed "$seed"
+cifar gunn15 cifar10 CIFAR-10
+stock gunn18 tiny-imagenet 'Tiny ImageNet' 200 64 "$tiny_epochs" 0
+cifar sunn15 cifar10 CIFAR-10
+for seed in ${SEEDS:-0}; do
+  for model in gunn18 sunn18 resnet50; do
+    stock $model imagenette Imagenette 10 128 5 "$seed"
   done
 done
-# The paper's schedule, and the cyclic one of the Snapshot Ensemble (Table 3).
-cifar10 gunn15-300 --model gunn15 --epochs 300
-cifar10 gunn15-snapshot --model gunn15 --epochs 300 --schedule snapshot --cycles 6
-# The large networks, at the budget of the small ones.
-for model in gunn24 sunn24; do
-  cifar10 "$model-$epochs" --model $model --epochs "$epochs" --schedule onecycle
-done
-# CIFAR-100, where it is.
-if [ -d "$data/cifar-100-python" ]; then
-  for model in gunn15.c100 sunn15.c100; do
-    train "$model-$epochs" --dataset cifar100 --model $model --epochs "$epochs" --schedule onecycle
-  done
-fi
+cifar gunn15_nores cifar10 CIFAR-10
+cifar gunn15.c100 cifar100 CIFAR-100
+cifar sunn15.c100 cifar100 CIFAR-100
