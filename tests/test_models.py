@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models import group_parameters
 from torch.testing import assert_close
 
-from timm_gunn import GunnLayer
+from timm_gunn import GunnLayer, gunn
 from timm_gunn.verify import known_weights
 
 
@@ -50,8 +50,11 @@ def test_pretrained_configs(name):
     size, classes, mean, std = {
         'c10': (32, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
         'c100': (32, 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        'tiny_in': (64, 200, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
         'in1k': (224, 1000, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     }[name.split('.')[1]]
+    assert len(set(cfg.label_names or range(classes))) == classes
+    assert bool(cfg.label_names) == (cfg.tag != 'in1k')
     assert (cfg.input_size, cfg.num_classes) == ((3, size, size), classes)
     assert [255 * m for m in cfg.mean] == pytest.approx(mean)
     assert [255 * s for s in cfg.std] == pytest.approx(std)
@@ -61,13 +64,28 @@ def test_pretrained_configs(name):
     # What an evaluation does to an image: shorter side 256 and the central 224, or nothing at all.
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     resize, crop = transform.transforms[:2]
-    assert (resize.size, crop.size) == ((256, (224, 224)) if size == 224 else (32, (32, 32)))
+    assert (resize.size, crop.size) == ((256, (224, 224)) if size == 224 else (size, (size, size)))
     assert resize.interpolation.value == 'bicubic'
 
 
 def test_default_tags():
     assert {m: timm.get_pretrained_cfg(m).tag for m in MODELS} == {
         m: 'in1k' if m in IMAGENET else 'c10' for m in MODELS}
+
+
+def test_pretrained_without_a_tag(caplog):
+    """The best weights that there are, said once; without pretrained, the default of the paper."""
+    gunn._find_weights.cache_clear()
+    for _ in range(2):
+        model = timm.create_model('gunn18', pretrained=True)
+        assert (model.pretrained_cfg['tag'], model.num_classes) == ('tiny_in', 200)
+        assert model.pretrained_cfg['label_descriptions'][model.pretrained_cfg['label_names'][0]] == 'goldfish, Carassius auratus'
+    assert caplog.text.count('no gunn18.in1k weights yet, pretrained=True loads gunn18.tiny_in') == 1
+    model = timm.create_model('gunn18')
+    assert (model.pretrained_cfg['tag'], model.num_classes) == ('in1k', 1000)
+    maps = timm.create_model('gunn18', pretrained=True, features_only=True).state_dict()
+    expected = timm.create_model('gunn18.tiny_in', pretrained=True).state_dict()
+    assert_close(maps, {k: v for k, v in expected.items() if k in maps}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('features_only', [False, True])
@@ -93,9 +111,11 @@ def test_shipped_weights(name, monkeypatch):
     names = [name] + ([cfg.architecture] if timm.get_pretrained_cfg(cfg.architecture).tag == cfg.tag else [])
     for n in names:
         model = timm.create_model(n, pretrained=True)
-        assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+        for key, t in model.state_dict().items():
+            assert t.dtype == torch.float32 or key.endswith('tracked')
+            assert_close(t, state[key].to(t.dtype), rtol=0, atol=0)
     assert all(t.isfinite().all() for t in state.values())
-    assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
+    assert {t.dtype for t in state.values() if t.ndim > 1} == {torch.float16}
 
     image = torch.randn(2, 3, *cfg.input_size[1:])
     model.eval()
