@@ -25,7 +25,6 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 PHOTOGRAPHS = Path(__file__).parent / 'cifar10'
-CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 
 def load_images(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,6 +88,7 @@ def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Te
 @torch.no_grad()
 def name_photographs(model: torch.nn.Module, path: Path) -> int:
     """Draw the photographs with the two likeliest classes of each; returns how many the network names rightly."""
+    names = model.pretrained_cfg['label_names']
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     files = sorted(PHOTOGRAPHS.glob('*.jpg'))
     images = [Image.open(file) for file in files]
@@ -98,10 +98,10 @@ def name_photographs(model: torch.nn.Module, path: Path) -> int:
     for ax, file, image, prob in zip(axes.flat, files, images, probs, strict=False):
         truth = file.stem.rstrip('0123456789')
         (first, second), (i, j) = (t.tolist() for t in prob.topk(2))
-        right += CIFAR10[i] == truth
+        right += names[i] == truth
         ax.imshow(image, interpolation='bicubic')
-        ax.set_title(f'{CIFAR10[i]} {first:.0%}\n{CIFAR10[j]} {second:.0%}', fontsize=9,
-                     color='k' if CIFAR10[i] == truth else 'r')
+        ax.set_title(f'{names[i]} {first:.0%}\n{names[j]} {second:.0%}', fontsize=9,
+                     color='k' if names[i] == truth else 'r')
     for ax in axes.flat:
         ax.axis('off')
     fig.suptitle('CIFAR-10 test images and the two likeliest classes (red: wrong)')
