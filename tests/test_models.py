@@ -386,6 +386,24 @@ def test_features_are_the_children_in_order(name):
     assert_close(list(maps.values()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'resnet18'])
+def test_what_users_attach_is_not_run(name):
+    """Nor does it matter when a stage was set. As of any network of timm; scripted, too."""
+    model = (small(name) if name in SMALL else timm.create_model(name)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x), model.forward_intermediates(x)
+    stage = 'layer2' if name == 'resnet18' else 'stage2'
+    again = getattr(model, stage)
+    delattr(model, stage)
+    model.age, model.act = nn.Linear(model.num_features, 1), nn.Sigmoid()
+    model.losses = nn.ModuleDict(dict(kd=nn.KLDivLoss(), ce=nn.CrossEntropyLoss()))
+    setattr(model, stage, again)
+    assert_close((model(x), model.forward_intermediates(x)), expected, rtol=0, atol=0)
+    del model.age, model.losses
+    assert_close(torch.jit.script(model)(x), expected[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_returned_maps_are_not_changed_afterwards(name):
     model = small(name)

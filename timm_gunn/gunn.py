@@ -186,7 +186,7 @@ class Gunn(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        # Every feature is the output of a direct child, and the children run in the order of their registration.
+        # Every feature is the output of a direct child. What else users attach to the network is theirs to run.
         stem_chs = 64
         kernel_size, reduction = (7, 2) if imagenet else (3, 1)
         self.stem = ConvNormAct(_conv_norm_act(
@@ -226,6 +226,7 @@ class Gunn(nn.Module):
         self.num_features = prev_chs
         self._create_head(num_classes, global_pool, **dd)
         self.feature_names: List[str] = [info['module'] for info in self.feature_info]
+        self.body_names: List[str] = ['stem', *(f'stage{i + 1}' for i in range(len(channels))), 'final_conv']
 
         self.init_weights()
 
@@ -299,27 +300,14 @@ class Gunn(nn.Module):
             intermediates_only: Return the intermediate features alone.
         """
         assert output_fmt == 'NCHW', f"Output format must be 'NCHW', got '{output_fmt}'."
-        intermediates: List[torch.Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.feature_names), indices)
-
-        feat_idx = -1
-        for name, module in self.named_children():
-            if name == 'final_conv' or name == 'head' or (stop_early and feat_idx == max_index):
-                pass  # not a feature, or past the last one asked for
-            else:
-                if self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
-                    x = checkpoint(module, x)
-                else:
-                    x = module(x)
-                if name in self.feature_names:
-                    feat_idx += 1
-                    if feat_idx in take_indices:
-                        intermediates.append(x)
-
+        names = self.body_names[:-1]
+        if stop_early:
+            names = names[:names.index(self.feature_names[max_index]) + 1]
+        x, intermediates = self._forward_children(x, names, [self.feature_names[i] for i in take_indices])
         if intermediates_only:
             return intermediates
-
-        if feat_idx == len(self.feature_names) - 1:
+        if len(names) == len(self.body_names) - 1:
             x = self.final_conv(x)
         return x, intermediates
 
@@ -335,7 +323,8 @@ class Gunn(nn.Module):
         prune_end = max_index < len(self.feature_names) - 1 or (
             (prune_norm or prune_head) and not isinstance(self.final_conv, nn.Identity))
         for name in self.feature_names[max_index + 1:]:
-            if hasattr(self, name):  # not pruned before
+            if name in self.body_names:  # not pruned before
+                self.body_names.remove(name)
                 delattr(self, name)
         if prune_end:
             self.final_conv = nn.Identity()
@@ -346,14 +335,31 @@ class Gunn(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to unpooled features (B, num_features, ceil(H / reduction), ...)."""
-        for name, module in self.named_children():
-            if name == 'head':
-                pass
-            elif self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
-                x = checkpoint(module, x)
-            else:
-                x = module(x)
-        return x
+        return self._forward_children(x, self.body_names, [])[0]
+
+    def _forward_children(
+            self, x: torch.Tensor, names: List[str], wanted: List[str]) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Run the named children in that order; returns the last output and those of the wanted ones."""
+        outputs: List[torch.Tensor] = []
+        if torch.jit.is_scripting():
+            for name, module in self.named_children():  # the only loop over modules that TorchScript has
+                if name in names:
+                    x = module(x)
+                    if name in wanted:
+                        outputs.append(x)
+        else:
+            for name in names:
+                module = getattr(self, name)
+                checkpointed = self.grad_checkpointing and name.startswith('stage')
+                x = checkpoint(module, x) if checkpointed else module(x)
+                if name in wanted:
+                    outputs.append(x)
+        return x, outputs
+
+    def __prepare_scriptable__(self) -> 'Gunn':
+        for name in (*self.body_names, 'head'):  # TorchScript runs them in the order of their registration
+            self._modules[name] = self._modules.pop(name)
+        return self
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Unpooled features to logits, or to pooled features (B, head_hidden_size) if pre_logits."""
