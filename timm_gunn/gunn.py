@@ -21,7 +21,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_la
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .layer import GunnLayer, check_options, fold_norm, reset_norm
+from .layer import ConvNorm, GunnLayer, check_options, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -373,7 +373,7 @@ class Gunn(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, GunnLayer):
+        if isinstance(child, ConvNorm):  # of GUNN layers
             child.reset_parameters()
         elif isinstance(child, nn.Conv2d) and child.bias is None:
             nn.init.kaiming_normal_(child.weight, mode='fan_out', nonlinearity='relu')
@@ -403,6 +403,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
             f'{f"those of several, {prefixes}" if prefixes else list(state_dict)[:3]}.')
     prefix, = prefixes
     state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    for name, module in model.named_modules():
+        if isinstance(module, GunnLayer):
+            module.stack_units(state_dict, f'{name}.')
     missing = [
         k for k in model.state_dict() if k not in state_dict and not k.startswith('head.') and 'tracked' not in k]
     if missing:

@@ -15,9 +15,10 @@ operator of fused.py instead, which computes the same from the same parameters i
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import logging
+import warnings
 from itertools import chain
 from numbers import Integral
-from typing import List, Optional, Tuple, Type, Union
+from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -124,13 +125,14 @@ class GunnLayer(nn.Module):
         """Update x, (B, N, H, W). Raises ValueError for any other shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
             if isinstance(x, torch.fx.Proxy):
-                return self._as_leaf(x)
+                return self._trace(x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f'GunnLayer: expected an input of {self.channels} channels, (B, {self.channels}, H, W), '
                 f'got {list(x.shape)}.')
         if self.ordered and self.segments > 1:
-            if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
+            if not torch.jit.is_scripting():
+                self.check_slices()
                 if self._can_fuse(x):
                     return self._forward_fused(x)
             return self._forward_ordered(x)
@@ -169,7 +171,7 @@ class GunnLayer(nn.Module):
             x = x.to(dtype)
         y, stats, _ = ordered_update(
             x, params, None if kept is None else kept.flatten(1),
-            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.bottlenecks[0].conv2.conv.dilation[0],
+            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self._dilation(),
             self.residual, dtype,
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -205,20 +207,24 @@ class GunnLayer(nn.Module):
         if x.dtype not in (dtype, torch.float32):
             return f'an input of {x.dtype} under autocast to {dtype}'
         autocast = _autocasts(x)
-        count = x.shape[0] * x.shape[2] * x.shape[3]
+        if nn.modules.module._has_any_global_hook():
+            return 'global module hooks'
         for bottleneck in self.bottlenecks:
             for act in (bottleneck.act1, bottleneck.act2):
-                if type(act) is not nn.ReLU:
-                    return f'activation {type(act).__name__}'
-        for c in self._conv_norms():
-            if not _is_plain_conv(c.conv):
-                return f'convolution {c.conv} with parameters {list(c.conv._parameters)}'
+                if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
+                    return f'activation {type(act).__name__}, or one with hooks'
+        count, dilation = x.shape[0] * x.shape[2] * x.shape[3], self._dilation()
+        for k, c in enumerate(self._conv_norms()):
+            size, d = (3, dilation) if k % 3 == 1 else (1, c.conv.dilation[0])
+            geometry = dict(kernel_size=size, stride=1, padding=d * (size // 2), dilation=d)
+            if any(getattr(c.conv, name) != (value, value) for name, value in geometry.items()):
+                return f'convolution {c.conv}'
             weight_dtype = c.conv.weight.dtype
             if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
                 return f'an input of {x.dtype} and weights of {weight_dtype}'
             if c.conv.weight.device != x.device:
                 return f'an input on {x.device} and weights on {c.conv.weight.device}'
-            if not c.is_fusible():
+            if type(c.bn) is not nn.Identity and (c.conv.bias is not None or not _is_fusible(c.bn)):
                 return f'norm {type(c.bn).__name__}, convolution with{"out" if c.conv.bias is None else ""} bias'
             if count <= 1 and takes_batch_stats(c.bn):
                 return 'statistics of a single value'
@@ -226,24 +232,63 @@ class GunnLayer(nn.Module):
             return 'an empty input'
         return None
 
+    def _dilation(self) -> int:
+        return self.bottlenecks[0].conv2.conv.dilation[0]
+
+    @torch.jit.ignore
+    def check_slices(self) -> None:
+        """Check that slices of the modules, which an ordered layer runs instead of them, are all there is to them.
+
+        Warns of hooks, which do not run. Raises TypeError for modules that are more than their slices.
+        """
+        convs = self._conv_norms()
+        passed_over = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
+        reasons = [f'a {type(m).__name__} whose forward is replaced' for m in passed_over if 'forward' in m.__dict__]
+        reasons += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
+        reasons += [reason for c in convs for reason in [c.unsliceable()] if reason is not None]
+        if reasons:
+            raise TypeError(
+                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {reasons[0]}; '
+                'make plain modules of its units first, with timm_gunn.unstack_model(model).')
+        if any(map(_has_hooks, passed_over)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            warnings.warn(
+                'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
+                'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=2)
+
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
         if not self.has_drop_path or not self.training:
             return None
-        kept = self.drop_path(torch.ones(x.shape[0] * self.segments, 1, 1, 1, device=x.device, dtype=x.dtype))
+        kept = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
         return kept.view(-1, self.segments, 1, 1)
 
     @torch.jit.ignore
-    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
+    def _trace(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """Ordered, stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
+        if not self.ordered or self.segments == 1:
+            return self._forward_simultaneous(x)
         if x.tracer.root is self:
-            raise TypeError('GunnLayer: torch.fx can trace a module that contains the layer, not the layer itself.')
+            raise TypeError('GunnLayer: torch.fx can trace a layer as a part of another module, or unstack_model(it).')
         return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+
+    def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
+        self.stack_units(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.jit.ignore
+    def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
+        for name, own in self.state_dict().items():
+            keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
+            units = [state_dict.pop(key) for key in keys if key in state_dict]
+            if units:  # counters, and parameters of an activation, are the same in all units
+                stacked = own.ndim > 0 and len(own) > len(units[0])
+                state_dict[prefix + name] = torch.cat(units) if stacked else units[0]
 
     def __prepare_scriptable__(self) -> 'GunnLayer':
         """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
         for m in self.modules():
-            if isinstance(m, ConvNorm) and type(m.bn) is not nn.BatchNorm2d:
+            if isinstance(m, ConvNorm) and type(m.bn) not in (nn.BatchNorm2d, nn.Identity):
                 raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(m.bn)}.')
         return self
 
@@ -309,7 +354,9 @@ class ConvNorm(nn.Module):
             in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
             groups=groups, bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
-        check_norm(self.bn, out_chs)
+        reason = unsliceable_norm(self.bn, out_chs)
+        if reason is not None:
+            raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, by channel, got {reason}.')
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -333,21 +380,25 @@ class ConvNorm(nn.Module):
     def forward_unit(self, x: torch.Tensor, unit: int) -> torch.Tensor:
         """One unit: (B, in_chs / groups, H, W) to (B, out_chs / P, H, W)."""
         start, stop = unit * self.rows, (unit + 1) * self.rows
+        x = F.conv2d(
+            x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
+            self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
-            x = F.conv2d(
-                x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
-                self.conv.stride, self.conv.padding, self.conv.dilation)
-            return _batch_norm_unit(
-                x, start, stop, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var,
-                self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
-        return norm_unit(self.bn, conv_unit(self.conv, x, start, stop), start, stop)
+            if hasattr(self.bn, 'running_mean'):
+                x = _batch_norm_unit(
+                    x, start, stop, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var,
+                    self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
+            return x
+        return norm_unit(self.bn, x, start, stop)
 
-    def is_fusible(self) -> bool:
-        """Whether ordered_update has what the norm does: a plain, frozen (torchvision) or folded BatchNorm."""
-        norm = self.bn
-        if type(norm) is nn.Identity:
-            return True
-        return self.conv.bias is None and (is_plain(norm) or _is_torchvision_frozen(norm))
+    def unsliceable(self) -> Optional[str]:
+        """What the slices that forward_unit takes cannot stand for, None if nothing."""
+        conv, norm = self.conv, self.bn
+        if type(self) is not ConvNorm or type(conv) is not nn.Conv2d:
+            return f'a {type(self).__name__} of {type(conv).__name__}'
+        if conv.padding_mode != 'zeros' or not _owns_weight(conv):
+            return f'{conv} with {", ".join(conv._parameters)}'
+        return None if is_plain(norm) else unsliceable_norm(norm, conv.out_channels)
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:
         """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them."""
@@ -360,25 +411,6 @@ class ConvNorm(nn.Module):
         if takes_batch_stats(norm):
             return weight, gamma, beta, none, none
         return weight, gamma, beta, norm.running_mean, norm.running_var
-
-
-def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
-
-    Raises TypeError for any other class than nn.Conv2d, other padding than zeros and weights that a hook makes of other
-    parameters: wrappers (low-rank adapters), subclasses (standardised, quantised), parametrisations and
-    torch.nn.utils.prune do more than this slice of the convolution would.
-    """
-    if not _is_plain_conv(conv):
-        raise TypeError(
-            'GunnLayer: expected an nn.Conv2d with zero padding, and no parameters but weight and bias (as pruning, '
-            'spectral_norm and weight_norm add them), to take the weights of a unit from, got '
-            f'{conv} with {list(conv._parameters)}.')
-    return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
-
-
-def _is_plain_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and _owns_weight(conv)
 
 
 def _owns_weight(module: nn.Module) -> bool:
@@ -411,26 +443,30 @@ def check_options(
             raise TypeError(f'{owner}: {name} must be the name of a layer or a class of modules, got None.')
 
 
-def check_norm(norm: nn.Module, channels: int) -> None:
-    """Raise TypeError unless norm treats each of its channels by itself, so that a slice of it is a norm again.
+def unsliceable_norm(norm: nn.Module, channels: int) -> Optional[str]:
+    """What keeps a slice of a norm from being a norm of these channels again, None if nothing does.
 
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
     running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
     """
-    others = (
-        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
-    if not isinstance(norm, others):
-        stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
-        if isinstance(norm, (_BatchNorm, nn.Identity)) or all(
-                isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats):
-            return
-    raise TypeError(
-        f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
-        'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
+    name = f'{type(norm).__name__} with {", ".join(norm._parameters)}'
+    if isinstance(norm, (
+            nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)):
+        return name
+    tensors = dict(chain(norm.named_parameters(), norm.named_buffers()))
+    if isinstance(norm, _BatchNorm):
+        if not _owns_weight(norm) or parametrize.is_parametrized(norm):
+            return name
+    elif type(norm) is not nn.Identity and not {'running_mean', 'running_var'} <= tensors.keys():
+        return name
+    for key, t in tensors.items():
+        if (t.shape != (channels,) and t.numel() > 1) or hasattr(t, 'to_local'):  # a shard of FSDP
+            return f'{type(norm).__name__}.{key}, {type(t).__name__} of shape {tuple(t.shape)}'
+    return None
 
 
 def reset_norm(norm: nn.Module) -> None:
-    """Set weight and running variance 1, all else 0 in a norm of any class that check_norm admits."""
+    """Set weight and running variance 1, all else 0 in a norm of any class that unsliceable_norm admits."""
     ones = 'weight', 'running_var'
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
@@ -469,6 +505,11 @@ def is_plain(norm: nn.Module) -> bool:
         and _owns_weight(norm))
 
 
+def _is_fusible(norm: nn.Module) -> bool:
+    """Whether ordered_update has what the norm does: a plain or frozen (torchvision) BatchNorm."""
+    return is_plain(norm) or _is_torchvision_frozen(norm)
+
+
 def _is_torchvision_frozen(norm: nn.Module) -> bool:
     return type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
 
@@ -483,10 +524,11 @@ def update_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: tor
     """Do to the running statistics what nn.BatchNorm2d does, given the batch's mean and biased variance."""
     if not norm.training or norm.running_mean is None:
         return
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
+    momentum, tracked = norm.momentum, norm.num_batches_tracked
+    if tracked is not None:
+        tracked.add_(1)
     if momentum is None:  # cumulative average over this and all earlier steps
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
     for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
         running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
 
@@ -495,7 +537,7 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     """Apply channels [start, stop) of a norm to x, (B, stop - start, H, W), as a norm of those channels alone would.
 
     The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
-    advances num_batches_tracked. Raises TypeError for a norm that cannot be sliced.
+    advances num_batches_tracked.
     """
     if isinstance(norm, nn.Identity):
         return x
@@ -505,24 +547,15 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
             norm.training, norm.momentum, norm.eps)
 
     # Any other class runs its own forward on sliced parameters and buffers. Statistics are views, so that in-place
-    # updates reach the module; counters are copies for all units but the last.
+    # updates reach the module; what has one value, as counters do, is a copy for all units but the last.
     tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
     channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
-    if parametrize.is_parametrized(norm) or (isinstance(norm, _BatchNorm) and not _owns_weight(norm)):
-        raise TypeError(
-            'GunnLayer: a parametrised or pruned norm cannot be applied to the units one by one, got '
-            f'{norm} with {list(norm._parameters)}.')
-    check_norm(norm, channels)
     sliced = {}
     for name, t in tensors:
-        if t.ndim == 1 and t.shape[0] == channels:
+        if t.numel() > 1:
             sliced[name] = t[start:stop]
-        elif t.ndim == 0:
-            sliced[name] = t if stop == channels else t.clone()
         else:
-            raise TypeError(
-                f'GunnLayer: {type(norm).__name__}.{name} has shape {tuple(t.shape)}; '
-                f'expected one value per channel, ({channels},), or a scalar.')
+            sliced[name] = t if stop == channels else t.clone()
     return torch.func.functional_call(norm, sliced, (x,))
 
 
@@ -554,6 +587,11 @@ def _batch_norm_unit(
 
 def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     return None if t is None else t[start:stop]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 
 
 def _transformed() -> bool:
