@@ -4,7 +4,6 @@ import functools
 import math
 import warnings
 
-import numpy as np
 import pytest
 import timm.layers
 import torch
@@ -14,7 +13,7 @@ from reference import ReferenceLayer, randomise
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch.testing import assert_close
 
-from timm_gunn import Gunn, GunnLayer, unstack_model
+from timm_gunn import GunnLayer, unstack_model
 from timm_gunn.layer import Bottleneck
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
@@ -174,7 +173,7 @@ def test_batch_counter_advances_once_per_step():
     lambda c, **dd: nn.LazyBatchNorm2d(**dd)])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_unsupported_norm(norm, ordered):
-    with pytest.raises(TypeError, match=r'norm of the BatchNorm family.*got (Group|Layer|Instance|(Lazy)?Batch)Norm'):
+    with pytest.raises(TypeError, match=r'norm of the BatchNorm family, got (Group|Layer|Instance|(Lazy)?Batch)Norm'):
         GunnLayer(64, 2, ordered=ordered, norm_layer=norm)
 
 
@@ -200,9 +199,9 @@ def prune(module):
 # What a user's code may do to a module of an ordered layer, and what is then run no more.
 CHANGES = {
     'other norm': ('conv2.bn', lambda m: nn.GroupNorm(2, 24), 'GroupNorm'),
-    'odd norm': ('conv2.bn', lambda m: OddNorm(24), r'OddNorm\.mixing, Parameter of shape \(24, 24\)'),
+    'odd norm': ('conv2.bn', lambda m: OddNorm(24), 'OddNorm of mixing'),
     'parametrised norm': ('conv2.bn', nn.utils.parametrizations.weight_norm, 'ParametrizedBatchNorm2d'),
-    'pruned norm': ('conv2.bn', prune, 'BatchNorm2d with bias, weight_orig'),
+    'pruned norm': ('conv2.bn', prune, 'BatchNorm2d of bias, weight_orig'),
     'norm with another forward': ('conv2.bn', replace_forward, 'a BatchNorm2d whose forward is replaced'),
     'wrapped convolution': ('conv1.conv', nn.Sequential, 'a ConvNorm of Sequential'),
     'subclass': ('conv1.conv', lambda m: timm.layers.StdConv2d(12, 24, 1), 'StdConv2d'),
@@ -284,31 +283,16 @@ def test_norms_with_counters_of_others():
     assert_close(layer(x), y)
 
 
-def test_sizes_of_numpy():
-    layer = GunnLayer(*np.array([12, 3, 2]))
-    assert type(layer.channels) is int
-    assert layer.bottlenecks[0].conv1.conv.weight.shape == (24, 12, 1, 1)
-
-
-@pytest.mark.parametrize('name', ['act_layer', 'norm_layer'])
-@pytest.mark.parametrize('cls', [GunnLayer, Gunn])
-def test_layers_that_are_none(cls, name):
-    with pytest.raises(TypeError, match=f'{cls.__name__}: {name} must be the name of a layer.*got None'):
-        cls((12,) if cls is Gunn else 12, (3,) if cls is Gunn else 3, **{name: None})
-
-
 @pytest.mark.parametrize(('args', 'kwargs', 'message'), [
-    ((12, 5), {}, 'divisible.*12 and 5'),
-    ((0, 1), {}, 'channels.*at least 1, got 0'),
-    ((12, 0), {}, 'segments.*at least 1, got 0'),
-    ((12, -3), {}, 'segments.*at least 1, got -3'),
-    ((12, 3, 0), {}, 'expansion.*at least 1, got 0'),
-    ((12, 3, 1.5), {}, 'expansion.*integer.*got 1.5'),
-    ((12, 3, True), {}, 'expansion.*integer.*got True'),
-    ((12, 3, 2, 0), {}, 'depth.*at least 1, got 0'),
-    ((12, 3), dict(dilation=0), 'dilation.*at least 1, got 0'),
-    ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\), got 1.0'),
-    ((12, 3), dict(drop_path=0.1, residual=False), 'drop_path=0.1 needs residual=True'),
+    ((12, 5), {}, "divisible.*'channels': 12, 'segments': 5"),
+    ((0, 1), {}, "at least 1.*'channels': 0"),
+    ((12, 0), {}, "at least 1.*'segments': 0"),
+    ((12, -3), {}, "at least 1.*'segments': -3"),
+    ((12, 3, 0), {}, "at least 1.*'expansion': 0"),
+    ((12, 3, 2, 0), {}, "at least 1.*'depth': 0"),
+    ((12, 3), dict(dilation=0), "at least 1.*'dilation': 0"),
+    ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\).*got 1.0'),
+    ((12, 3), dict(drop_path=0.1, residual=False), '0 with residual=False.*got 0.1'),
 ])
 def test_bad_arguments(args, kwargs, message):
     with pytest.raises(ValueError, match=message):

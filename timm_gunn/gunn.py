@@ -20,8 +20,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .layer import ConvNorm, GunnLayer, check_options, fold_norm, reset_norm
+from .layer import ConvNorm, GunnLayer, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -86,8 +87,9 @@ def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
     """Let module work on copies of its buffers, so that what it does to them is forgotten."""
     saved = [(m, dict(m._buffers)) for m in module.modules()]
     try:
-        for m, buffers in saved:
-            m._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+        with _disable_current_modes():  # selective checkpointing knows of no copies
+            for m, buffers in saved:
+                m._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
         yield
     finally:
         for m, buffers in saved:
@@ -164,9 +166,8 @@ class Gunn(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If layout or output_stride is none of the above, a layer's sizes do not fit (see GunnLayer), or
-                drop_path_rate is given without a residual.
-            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
+            ValueError: If layout or output_stride is none of the above, or a layer's arguments do not fit.
+            TypeError: If norm_layer is not of the BatchNorm family.
         """
         super().__init__()
         if layout not in ('imagenet', 'cifar'):
@@ -176,7 +177,6 @@ class Gunn(nn.Module):
         if len(channels) != len(segments):
             raise ValueError(
                 f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
-        check_options('Gunn', residual, act_layer, norm_layer, drop_path_rate=drop_path_rate)
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)

@@ -17,7 +17,6 @@ Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - h
 import logging
 import warnings
 from itertools import chain
-from numbers import Integral
 from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -26,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
+from torch.nn.utils import fuse_conv_bn_weights
 
-from .fused import folded, ordered_update
+from .fused import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -80,19 +79,16 @@ class GunnLayer(nn.Module):
 
         Raises:
             ValueError: If a size is below 1, P does not divide N, or drop_path is given without a residual.
-            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
+            TypeError: If norm_layer is not of the BatchNorm family.
         """
         super().__init__()
-        for name, value in dict(
-                channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation).items():
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
-        if channels % segments:
-            raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
-        check_options('GunnLayer', residual, act_layer, norm_layer, drop_path=drop_path)
-
-        # Plain ints: those of NumPy are none to TorchScript.
-        channels, segments, expansion, depth, dilation = map(int, (channels, segments, expansion, depth, dilation))
+        sizes = dict(channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation)
+        if min(sizes.values()) < 1 or channels % segments:
+            raise ValueError(f'GunnLayer: sizes must be at least 1, channels divisible by segments, got {sizes}.')
+        if not 0.0 <= drop_path < 1.0 or (drop_path and not residual):
+            raise ValueError(
+                f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, where no x_i is left of a dropped '
+                f'update, got {drop_path!r}.')
         self.channels = channels
         self.segments = segments
         self.ordered = ordered
@@ -171,7 +167,7 @@ class GunnLayer(nn.Module):
             x = x.to(dtype)
         y, stats, _ = ordered_update(
             x, params, None if kept is None else kept.flatten(1),
-            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self._dilation(),
+            [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.bottlenecks[0].conv2.conv.dilation[0],
             self.residual, dtype,
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -209,48 +205,40 @@ class GunnLayer(nn.Module):
         autocast = _autocasts(x)
         if nn.modules.module._has_any_global_hook():
             return 'global module hooks'
-        for bottleneck in self.bottlenecks:
-            for act in (bottleneck.act1, bottleneck.act2):
-                if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
-                    return f'activation {type(act).__name__}, or one with hooks'
-        count, dilation = x.shape[0] * x.shape[2] * x.shape[3], self._dilation()
+        for act in (a for b in self.bottlenecks for a in (b.act1, b.act2)):
+            if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
+                return f'activation {type(act).__name__}, or one with hooks'
+        count, dilation = x.shape[0] * x.shape[2] * x.shape[3], self.bottlenecks[0].conv2.conv.dilation[0]
         for k, c in enumerate(self._conv_norms()):
-            size, d = (3, dilation) if k % 3 == 1 else (1, c.conv.dilation[0])
-            geometry = dict(kernel_size=size, stride=1, padding=d * (size // 2), dilation=d)
-            if any(getattr(c.conv, name) != (value, value) for name, value in geometry.items()):
-                return f'convolution {c.conv}'
-            weight_dtype = c.conv.weight.dtype
-            if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
-                return f'an input of {x.dtype} and weights of {weight_dtype}'
-            if c.conv.weight.device != x.device:
-                return f'an input on {x.device} and weights on {c.conv.weight.device}'
-            if type(c.bn) is not nn.Identity and (c.conv.bias is not None or not _is_fusible(c.bn)):
-                return f'norm {type(c.bn).__name__}, convolution with{"out" if c.conv.bias is None else ""} bias'
+            conv, weight = c.conv, c.conv.weight
+            size, d = (3, dilation) if k % 3 == 1 else (1, conv.dilation[0])
+            settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+            if settings != ((size, size), (1, 1), (d * (size // 2),) * 2, (d, d)):
+                return f'convolution {conv}'
+            if weight.dtype != dtype and (not autocast or weight.dtype == torch.float64):
+                return f'an input of {x.dtype} and weights of {weight.dtype}'
+            if weight.device != x.device:
+                return f'an input on {x.device} and weights on {weight.device}'
+            known = is_plain(c.bn) or _is_torchvision_frozen(c.bn)
+            if type(c.bn) is not nn.Identity and (conv.bias is not None or not known):
+                return f'norm {type(c.bn).__name__}, convolution with{"out" if conv.bias is None else ""} bias'
             if count <= 1 and takes_batch_stats(c.bn):
                 return 'statistics of a single value'
-        if count == 0:
-            return 'an empty input'
-        return None
-
-    def _dilation(self) -> int:
-        return self.bottlenecks[0].conv2.conv.dilation[0]
+        return 'an empty input' if count == 0 else None
 
     @torch.jit.ignore
     def check_slices(self) -> None:
-        """Check that slices of the modules, which an ordered layer runs instead of them, are all there is to them.
-
-        Warns of hooks, which do not run. Raises TypeError for modules that are more than their slices.
-        """
+        """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
         convs = self._conv_norms()
-        passed_over = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
-        reasons = [f'a {type(m).__name__} whose forward is replaced' for m in passed_over if 'forward' in m.__dict__]
-        reasons += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
-        reasons += [reason for c in convs for reason in [c.unsliceable()] if reason is not None]
-        if reasons:
+        sliced = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
+        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
+        odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
+        odd += filter(None, map(_unsliceable, convs))
+        if odd:
             raise TypeError(
-                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {reasons[0]}; '
+                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; '
                 'make plain modules of its units first, with timm_gunn.unstack_model(model).')
-        if any(map(_has_hooks, passed_over)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             warnings.warn(
                 'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
                 'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=2)
@@ -278,7 +266,7 @@ class GunnLayer(nn.Module):
     @torch.jit.ignore
     def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
-        for name, own in self.state_dict().items():
+        for name, own in chain(self.named_parameters(), self.named_buffers()):
             keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
             units = [state_dict.pop(key) for key in keys if key in state_dict]
             if units:  # counters, and parameters of an activation, are the same in all units
@@ -354,9 +342,8 @@ class ConvNorm(nn.Module):
             in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
             groups=groups, bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
-        reason = unsliceable_norm(self.bn, out_chs)
-        if reason is not None:
-            raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, by channel, got {reason}.')
+        if not _has_slices(self.bn, out_chs):
+            raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, got {type(self.bn).__name__}.')
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -384,21 +371,25 @@ class ConvNorm(nn.Module):
             x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
             self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
-            if hasattr(self.bn, 'running_mean'):
-                x = _batch_norm_unit(
-                    x, start, stop, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var,
-                    self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
+            return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
+        if type(self.bn) is nn.Identity:
             return x
-        return norm_unit(self.bn, x, start, stop)
+        return self._batch_norm_unit(x, start, stop) if is_plain(self.bn) else norm_unit(self.bn, x, start, stop)
 
-    def unsliceable(self) -> Optional[str]:
-        """What the slices that forward_unit takes cannot stand for, None if nothing."""
-        conv, norm = self.conv, self.bn
-        if type(self) is not ConvNorm or type(conv) is not nn.Conv2d:
-            return f'a {type(self).__name__} of {type(conv).__name__}'
-        if conv.padding_mode != 'zeros' or not _owns_weight(conv):
-            return f'{conv} with {", ".join(conv._parameters)}'
-        return None if is_plain(norm) else unsliceable_norm(norm, conv.out_channels)
+    def _batch_norm_unit(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What nn.BatchNorm2d does, on channels [start, stop) of the norm."""
+        norm = self.bn
+        tracked = norm.num_batches_tracked
+        factor = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.running_mean is not None and tracked is not None:
+            if norm.momentum is None:  # cumulative average over this and all earlier steps
+                factor = 1.0 / (float(tracked) + 1.0)
+            if stop == self.conv.out_channels:
+                tracked.add_(1)
+        return F.batch_norm(
+            x, _rows(norm.running_mean, start, stop), _rows(norm.running_var, start, stop),
+            _rows(norm.weight, start, stop), _rows(norm.bias, start, stop),
+            norm.training or norm.running_mean is None, factor, norm.eps)
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:
         """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them."""
@@ -422,58 +413,43 @@ def _owns_weight(module: nn.Module) -> bool:
     return module._parameters.keys() <= {'weight', 'bias'}
 
 
-def check_options(
-        owner: str,
-        residual: bool,
-        act_layer: Union[str, Type[nn.Module], None],
-        norm_layer: Union[str, Type[nn.Module], None],
-        **drop_path: float,
-) -> None:
-    """Check what a layer and a network have in common; the rate of stochastic depth goes by the name it has there.
-
-    Raises ValueError for a rate out of bounds or without a residual, TypeError for a layer that is None.
-    """
-    for name, rate in drop_path.items():
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f'{owner}: {name} must be in [0, 1), got {rate!r}.')
-        if rate and not residual:
-            raise ValueError(f'{owner}: {name}={rate} needs residual=True: without x_i a dropped update leaves zeros.')
-    for name, layer in dict(act_layer=act_layer, norm_layer=norm_layer).items():
-        if layer is None:
-            raise TypeError(f'{owner}: {name} must be the name of a layer or a class of modules, got None.')
+def _unsliceable(c: ConvNorm) -> Optional[str]:
+    """What a slice of a convolution and its norm leaves out, None if nothing."""
+    conv, norm = c.conv, c.bn
+    if type(c) is not ConvNorm or type(conv) is not nn.Conv2d:
+        return f'a {type(c).__name__} of {type(conv).__name__}'
+    if conv.padding_mode != 'zeros' or not _owns_weight(conv):
+        return f'{conv} of {", ".join(conv._parameters)}'
+    if is_plain(norm) or _has_slices(norm, conv.out_channels):
+        return None
+    return f'{type(norm).__name__} of {", ".join(name for name, _ in norm.named_parameters())}'
 
 
-def unsliceable_norm(norm: nn.Module, channels: int) -> Optional[str]:
-    """What keeps a slice of a norm from being a norm of these channels again, None if nothing does.
+def _has_slices(norm: nn.Module, channels: int) -> bool:
+    """Whether norm treats each of its channels by itself, so that a slice of it is a norm again.
 
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
-    running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
+    running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but none whose
+    weight is made of others (pruned, parametrised), nor with shards of FSDP, nor with tensors of other shapes.
     """
-    name = f'{type(norm).__name__} with {", ".join(norm._parameters)}'
-    if isinstance(norm, (
-            nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)):
-        return name
-    tensors = dict(chain(norm.named_parameters(), norm.named_buffers()))
-    if isinstance(norm, _BatchNorm):
-        if not _owns_weight(norm) or parametrize.is_parametrized(norm):
-            return name
-    elif type(norm) is not nn.Identity and not {'running_mean', 'running_var'} <= tensors.keys():
-        return name
-    for key, t in tensors.items():
-        if (t.shape != (channels,) and t.numel() > 1) or hasattr(t, 'to_local'):  # a shard of FSDP
-            return f'{type(norm).__name__}.{key}, {type(t).__name__} of shape {tuple(t.shape)}'
-    return None
+    others = (
+        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
+    params, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
+    owned = all(name.rpartition('.')[2] in ('weight', 'bias') for name in params)
+    known = owned if isinstance(norm, _BatchNorm) else {'running_mean', 'running_var'} <= buffers.keys()
+    return type(norm) is nn.Identity or (known and not isinstance(norm, others) and all(
+        (t.shape == (channels,) or t.numel() == 1) and not hasattr(t, 'to_local')
+        for t in (*params.values(), *buffers.values())))
 
 
 def reset_norm(norm: nn.Module) -> None:
-    """Set weight and running variance 1, all else 0 in a norm of any class that unsliceable_norm admits."""
+    """Set weight and running variance 1, all else 0 in a norm of any admitted class."""
     ones = 'weight', 'running_var'
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
             t.fill_(name.rpartition('.')[2] in ones)
 
 
-@torch.no_grad()
 def fold_norm(module: nn.Module) -> None:
     """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
 
@@ -485,13 +461,9 @@ def fold_norm(module: nn.Module) -> None:
     owned = _owns_weight(conv) and _owns_weight(norm)
     if type(conv) is not nn.Conv2d or not plain or not owned or norm.running_mean is None:
         return
-    mean = norm.running_mean
-    weight, bias = folded(
-        conv.weight, torch.ones_like(mean) if norm.weight is None else norm.weight,
-        torch.zeros_like(mean) if norm.bias is None else norm.bias,
-        mean if conv.bias is None else mean - conv.bias, norm.running_var, norm.eps)
-    conv.weight.copy_(weight)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    conv.bias.requires_grad_(conv.weight.requires_grad)
     module.bn = nn.Identity()
 
 
@@ -503,11 +475,6 @@ def is_plain(norm: nn.Module) -> bool:
     return (
         type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
         and _owns_weight(norm))
-
-
-def _is_fusible(norm: nn.Module) -> bool:
-    """Whether ordered_update has what the norm does: a plain or frozen (torchvision) BatchNorm."""
-    return is_plain(norm) or _is_torchvision_frozen(norm)
 
 
 def _is_torchvision_frozen(norm: nn.Module) -> bool:
@@ -539,50 +506,12 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
     advances num_batches_tracked.
     """
-    if isinstance(norm, nn.Identity):
-        return x
-    if is_plain(norm):
-        return _batch_norm_unit(
-            x, start, stop, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-            norm.training, norm.momentum, norm.eps)
-
-    # Any other class runs its own forward on sliced parameters and buffers. Statistics are views, so that in-place
-    # updates reach the module; what has one value, as counters do, is a copy for all units but the last.
+    # Statistics are views, so that in-place updates reach the module; counters are copies for all units but the last.
     tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
-    channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
-    sliced = {}
-    for name, t in tensors:
-        if t.numel() > 1:
-            sliced[name] = t[start:stop]
-        else:
-            sliced[name] = t if stop == channels else t.clone()
+    last = stop == max([t.numel() for _, t in tensors], default=stop)
+    sliced = {
+        name: t[start:stop] if t.numel() > 1 else t if last else t.clone() for name, t in tensors}
     return torch.func.functional_call(norm, sliced, (x,))
-
-
-def _batch_norm_unit(
-        x: torch.Tensor,
-        start: int,
-        stop: int,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        running_mean: Optional[torch.Tensor],
-        running_var: Optional[torch.Tensor],
-        num_batches_tracked: Optional[torch.Tensor],
-        training: bool,
-        momentum: Optional[float],
-        eps: float,
-) -> torch.Tensor:
-    """nn.BatchNorm2d's forward on channels [start, stop); all tensors but x are the whole module's."""
-    factor = 0.0 if momentum is None else momentum
-    if training and running_mean is not None and num_batches_tracked is not None:
-        if momentum is None:  # cumulative average over this and all earlier steps
-            factor = 1.0 / (float(num_batches_tracked) + 1.0)
-        if stop == running_mean.shape[0]:
-            num_batches_tracked.add_(1)
-    return F.batch_norm(
-        x, _rows(running_mean, start, stop), _rows(running_var, start, stop),
-        _rows(weight, start, stop), _rows(bias, start, stop),
-        training or running_mean is None, factor, eps)
 
 
 def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
