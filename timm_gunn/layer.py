@@ -118,21 +118,19 @@ class GunnLayer(nn.Module):
                 m.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Update x, (B, N, H, W). Raises ValueError for any other shape."""
+        """Update x, (B, N, H, W). Ordered, raises ValueError for any other shape."""
+        if not self.ordered or self.segments == 1:
+            return self._forward_simultaneous(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
             if isinstance(x, torch.fx.Proxy):
-                return self._trace(x)
+                return self._as_leaf(x)
         if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f'GunnLayer: expected an input of {self.channels} channels, (B, {self.channels}, H, W), '
-                f'got {list(x.shape)}.')
-        if self.ordered and self.segments > 1:
-            if not torch.jit.is_scripting():
-                self.check_slices()
-                if self._can_fuse(x):
-                    return self._forward_fused(x)
-            return self._forward_ordered(x)
-        return self._forward_simultaneous(x)
+            raise ValueError(f'GunnLayer: expected an input (B, {self.channels}, H, W), got {list(x.shape)}.')
+        if not torch.jit.is_scripting():
+            self.check_slices()
+            if self._can_fuse(x):
+                return self._forward_fused(x)
+        return self._forward_ordered(x)
 
     def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
         update = self.bottlenecks(x)
@@ -251,10 +249,8 @@ class GunnLayer(nn.Module):
         return kept.view(-1, self.segments, 1, 1)
 
     @torch.jit.ignore
-    def _trace(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        """Ordered, stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
-        if not self.ordered or self.segments == 1:
-            return self._forward_simultaneous(x)
+    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
         if x.tracer.root is self:
             raise TypeError('GunnLayer: torch.fx can trace a layer as a part of another module, or unstack_model(it).')
         return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
