@@ -117,9 +117,9 @@ def test_unknown_variant_or_tag(name, message):
 
 
 @pytest.mark.parametrize(('kwargs', 'error', 'message'), [
-    (dict(output_stride=4), ValueError, 'output_stride must be 8, 16 or 32, got 4'),
-    (dict(layout='mnist'), ValueError, "layout must be 'imagenet' or 'cifar', got 'mnist'"),
-    (dict(segments=(3, 4)), ValueError, 'one channels and one segments entry per stage'),
+    (dict(output_stride=4), AssertionError, 'output_stride must be 8, 16 or 32, got 4'),
+    (dict(layout='mnist'), AssertionError, "layout must be 'imagenet' or 'cifar', got 'mnist'"),
+    (dict(segments=(3, 4)), AssertionError, 'must go by stage'),
     (dict(segments=(10, 20, 30, 40)), ValueError, "divisible by segments.*'channels': 1600, 'segments': 30"),
     (dict(norm_layer='groupnorm1'), TypeError, 'BatchNorm family, got GroupNorm1'),
     (dict(widht=3), TypeError, 'widht'),

@@ -142,7 +142,7 @@ def _setup_context(ctx, inputs, output):
         # A later step in training mode may update given statistics before the backward pass of this one.
         used = stats[2 * k:2 * k + 2] if batch else [t.clone() for t in params[5 * k + 3:5 * k + 5]]
         params[5 * k + 3:5 * k + 5] = used
-    ctx.num_params, ctx.num_saved = len(params), len(saved)
+    ctx.num_params, ctx.has_kept = len(params), kept is not None
     ctx.config = eps, *config
     ctx.save_for_backward(x, y, *params, *saved, *([] if kept is None else [kept]))  # no None, for torchviz
 
@@ -156,9 +156,8 @@ def _backward(ctx, grad, *_):
             'GunnLayer: the fused layer has no second derivative, and create_graph=True asks for one; '
             'set fused=False on the layer.')
     x, y, *tensors = ctx.saved_tensors
-    params, saved, kept = tensors[:ctx.num_params], tensors[ctx.num_params:][:ctx.num_saved], None
-    if len(tensors) > len(params) + len(saved):
-        kept = tensors[-1]
+    kept = tensors.pop() if ctx.has_kept else None
+    params, saved = tensors[:ctx.num_params], tensors[ctx.num_params:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     grad_x, grads = ordered_update_backward(grad, x, y, params, saved, ctx.batch_stats, needs, kept, *ctx.config)
     it = iter(grads)

@@ -166,17 +166,14 @@ class Gunn(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If layout or output_stride is none of the above, or a layer's arguments do not fit.
+            AssertionError: If layout or output_stride is none of the above, or channels and segments differ in number.
+            ValueError: If a layer's arguments do not fit (see GunnLayer).
             TypeError: If norm_layer is not of the BatchNorm family.
         """
         super().__init__()
-        if layout not in ('imagenet', 'cifar'):
-            raise ValueError(f"Gunn: layout must be 'imagenet' or 'cifar', got {layout!r}.")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f'Gunn: output_stride must be 8, 16 or 32, got {output_stride!r}.')
-        if len(channels) != len(segments):
-            raise ValueError(
-                f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
+        assert layout in ('imagenet', 'cifar'), f"layout must be 'imagenet' or 'cifar', got {layout!r}."
+        assert output_stride in (8, 16, 32), f'output_stride must be 8, 16 or 32, got {output_stride!r}.'
+        assert len(channels) == len(segments), f'channels and segments must go by stage, got {channels} and {segments}.'
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)

@@ -87,8 +87,7 @@ class GunnLayer(nn.Module):
             raise ValueError(f'GunnLayer: sizes must be at least 1, channels divisible by segments, got {sizes}.')
         if not 0.0 <= drop_path < 1.0 or (drop_path and not residual):
             raise ValueError(
-                f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, where no x_i is left of a dropped '
-                f'update, got {drop_path!r}.')
+                f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, got {drop_path!r}.')
         self.channels = channels
         self.segments = segments
         self.ordered = ordered
@@ -368,8 +367,6 @@ class ConvNorm(nn.Module):
             self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
             return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
-        if type(self.bn) is nn.Identity:
-            return x
         return self._batch_norm_unit(x, start, stop) if is_plain(self.bn) else norm_unit(self.bn, x, start, stop)
 
     def _batch_norm_unit(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -425,8 +422,8 @@ def _has_slices(norm: nn.Module, channels: int) -> bool:
     """Whether norm treats each of its channels by itself, so that a slice of it is a norm again.
 
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
-    running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but none whose
-    weight is made of others (pruned, parametrised), nor with shards of FSDP, nor with tensors of other shapes.
+    running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but no pruned
+    or parametrised ones, no shards of FSDP, and no tensors of other shapes.
     """
     others = (
         nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
@@ -440,17 +437,15 @@ def _has_slices(norm: nn.Module, channels: int) -> bool:
 
 def reset_norm(norm: nn.Module) -> None:
     """Set weight and running variance 1, all else 0 in a norm of any admitted class."""
-    ones = 'weight', 'running_var'
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
-            t.fill_(name.rpartition('.')[2] in ones)
+            t.fill_(name.rpartition('.')[2] in ('weight', 'running_var'))
 
 
 def fold_norm(module: nn.Module) -> None:
     """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
 
-    Other norms than BatchNorm, SyncBatchNorm and torchvision's frozen one, norms without running statistics, other
-    classes than nn.Conv2d, and weights that a hook makes of other parameters are left as they are.
+    Norms of other classes or without running statistics, and weights that are made of others, are left as they are.
     """
     conv, norm = module.conv, module.bn
     plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
@@ -464,10 +459,7 @@ def fold_norm(module: nn.Module) -> None:
 
 
 def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them.
-
-    One whose weight a hook makes of other parameters is none.
-    """
+    """Whether a norm is an nn.BatchNorm2d, no subclass, with its weight and the statistics that it tracks its own."""
     return (
         type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
         and _owns_weight(norm))

@@ -1,8 +1,7 @@
-"""The plain form of a network: every unit a module of its own, for tools that look at modules.
+"""The plain form of a network, for tools that look at modules: every unit is a module, whose modules are called.
 
-A GunnLayer runs slices of stacked modules. Counters, hooks, quantisation, pruning, adapters, and exporters do better
-with modules that are called. A plain network has the same outputs, gradients and statistics, in more time and memory;
-its weights load into the stacked network as they are.
+Counters, hooks, quantisation, pruning, adapters and exporters take it as any network. Outputs, gradients and statistics
+are those of the stacked network, in more time and memory, and its weights load into that as they are.
 """
 import copy
 from typing import List
@@ -16,16 +15,15 @@ __all__ = ['unstack_model']
 
 
 def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Make every ordered GunnLayer of a model its units, whose modules are called, each once per forward.
-
-    Layers without an order (SUNN) call their modules already, and stay.
+    """Make modules of the units of every ordered GunnLayer in a model; layers without an order call theirs anyway.
 
     Args:
         model: Network, backbone, layer, or any module that has some in it.
         inplace: Change the model itself. Otherwise a copy is changed.
 
     Returns:
-        The plain model. `model.load_state_dict(plain.state_dict())` takes its weights back.
+        The plain model, each of whose convolutions and norms is called once per forward. Its weights go back by
+        `model.load_state_dict(plain.state_dict())`.
 
     Raises:
         TypeError: If modules of a layer are more than their slices (pruned, parametrised, of other classes).
