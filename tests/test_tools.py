@@ -393,3 +393,29 @@ def test_scripting_a_folded_network(name):
         warnings.simplefilter('ignore')  # torch.jit is deprecated
         scripted = torch.jit.script(timm.utils.reparameterize_model(model))
     assert (scripted(x) - model(x)).norm() < 1e-4 * model(x).norm()
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, nn.Conv2d, GunnLayer], ids=lambda c: c.__name__)
+def test_fully_shard(process_group, kind):
+    """Layers as a whole, and anything in the plain form; of stacked convolutions and norms an error says so."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    model = small('gunn15', dtype=torch.float64)
+    x, mesh = torch.randn(2, 3, 16, 16, dtype=torch.float64), init_device_mesh('cpu', (1,))
+    expected = step(copy.deepcopy(model), x)
+    for sharded in (model, unstack_model(model)):
+        for m in [*sharded.modules()]:
+            if isinstance(m, kind):
+                fully_shard(m, mesh=mesh)
+        if sharded is model and kind is not GunnLayer:
+            with pytest.raises(TypeError, match=rf'cannot stand for .*FSDP{kind.__name__}.*unstack_model'):
+                sharded(x)
+        else:
+            assert_close(step(sharded, x), expected)
