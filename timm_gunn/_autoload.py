@@ -1,11 +1,10 @@
 """Makes timm find the models of timm_gunn by name, without an import of timm_gunn.
 
 PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backends`). At that moment timm may be half
-imported, so arm() only leaves a hook for the import system, which registers the models each time that `timm.models` has
-been executed: once, and again where somebody drops timm from sys.modules. This file is installed beside the package, as
-the module `_timm_gunn_autoload`, so that calling it neither imports timm_gunn nor fails where timm_gunn is broken or
-gone: nothing in here may break an import of torch or timm. An editable install holds a copy, too: after a change to
-this file, install again.
+imported, so arm() only leaves a hook for the import system, which registers the models each time `timm.models` has been
+executed, also anew. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
+calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
+of torch or timm. An editable install holds a copy, too: after a change to this file, install again.
 """
 import sys
 
