@@ -389,6 +389,28 @@ def test_detr():
     assert_trains(model.model.backbone, loss)
 
 
+@pytest.mark.parametrize('kind', ['Detr', 'ConditionalDetr', 'DeformableDetr'])
+@pytest.mark.parametrize('name', ['resnet50', 'gunn18'])
+def test_detr_from_scratch(name, kind):
+    """With every norm at 0 and 1, and frozen: a loss and gradients that are finite."""
+    transformers = library('transformers')
+    sizes = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=2,
+                 encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5, num_labels=4)
+    maps = (2, 3, 4) if kind == 'DeformableDetr' else (4,)
+    backbone = transformers.TimmBackboneConfig(backbone=name, out_indices=maps, use_pretrained_backbone=False)
+    if kind == 'DeformableDetr':
+        sizes['num_feature_levels'] = len(maps)
+    torch.manual_seed(0)
+    model = getattr(transformers, f'{kind}ForObjectDetection')(
+        getattr(transformers, f'{kind}Config')(backbone_config=backbone, **sizes)).train()
+    assert {type(m).__name__ for m in model.modules() if 'Norm2d' in type(m).__name__} == {f'{kind}FrozenBatchNorm2d'}
+    target = dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
+    model(torch.randn(2, 3, 64, 96), labels=[target, target]).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) > 50
+    assert all(g.isfinite().all() for g in grads)
+
+
 def test_upernet(tmp_path):
     """With the weights and statistics that timm gives; saved and loaded, the same."""
     library('transformers')

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gunn.fused
-from timm_gunn import Gunn, GunnLayer
+from timm_gunn import Gunn, GunnLayer, unstack_model
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 DEVICES = ['cpu', pytest.param('cuda', marks=CUDA)]
@@ -454,7 +454,8 @@ def test_the_reason_for_the_composite_path_is_logged(caplog):
         GunnLayer(6, 3, act_layer='gelu')(x)
         nn.SyncBatchNorm.convert_sync_batchnorm(layer).eval()(x)
     assert caplog.messages == [
-        'GunnLayer: not fused, activation GELU.', 'GunnLayer: not fused, norm SyncBatchNorm, convolution without bias.']
+        'GunnLayer: not fused, activation GELU, or one with hooks.',
+        'GunnLayer: not fused, norm SyncBatchNorm, convolution without bias.']
 
 
 def test_one_value_per_channel_is_the_error_of_batch_norm():
@@ -570,12 +571,118 @@ def test_the_switch():
     assert fused < saved_bytes(layer, x)[0] / 2
 
 
+def operands(layer, x):
+    """What the layer calls ordered_update with, for a forward pass with gradients."""
+    convs = layer._conv_norms()
+    return (x, [t for c in convs for t in c.fused_params()], None, [1e-5] * len(convs), layer.segments, 1, True,
+            x.dtype, True)
+
+
 def test_flop_counter_sees_the_operator():
-    """torch's counter counts the operator as the modules of the composite."""
-    layer = make_layer(12, 3, shortcut=True)
+    """torch's counter counts the operator as the modules of the composite, which the layer is under its hooks."""
+    layer, x = make_layer(12, 3, shortcut=True), torch.randn(2, 12, 5, 5, requires_grad=True)
     counts = []
-    for layer.fused in (True, False):
+    for run in (lambda: layer(x), lambda: timm_gunn.fused.ordered_update(*operands(layer, x))[0]):
         with FlopCounterMode(display=False) as counter:
-            layer(torch.randn(2, 12, 5, 5, requires_grad=True)).sum().backward()
+            run().sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+# --- Where modules do more than the operator knows of, it steps aside ---
+
+def double(module, *args):
+    return tuple(2 * t for t in args[-1]) if isinstance(args[-1], tuple) else 2 * args[-1]
+
+
+class HalfReLU(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def change_convs(*names, **settings):
+    def change(layer):
+        for name in names:
+            conv = layer.get_submodule(name).conv
+            for k, v in settings.items():
+                setattr(conv, k, v)
+    return change
+
+
+def act(change):
+    return lambda layer: change(layer.bottlenecks[1].act1)
+
+
+CONV2 = 'bottlenecks.0.conv2', 'bottlenecks.1.conv2'
+CHANGES = {
+    'forward hook': act(lambda m: m.register_forward_hook(double)),
+    'forward pre-hook': act(lambda m: m.register_forward_pre_hook(double)),
+    'backward hook': act(lambda m: m.register_full_backward_hook(lambda m, grads, _: (2 * grads[0],))),
+    'backward pre-hook': act(lambda m: m.register_full_backward_pre_hook(double)),
+    'another forward': act(lambda m: setattr(m, 'forward', lambda x: x.relu() / 2)),
+    'subclass': lambda layer: setattr(layer.bottlenecks[1], 'act1', HalfReLU()),
+    'dilation of one': change_convs(CONV2[1], dilation=(2, 2), padding=(2, 2)),
+    'dilation of the first': change_convs(CONV2[0], dilation=(2, 2), padding=(2, 2)),
+    'dilation of one direction': change_convs(*CONV2, dilation=(1, 2), padding=(1, 2)),
+    'padding as a word': change_convs(*CONV2, dilation=(3, 3), padding='same'),
+}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_modules_that_are_changed(name):
+    """Output and gradients are those of one module per unit, changed in the same way, and differ from before."""
+    torch.manual_seed(0)
+    layer = make_layer(12, 3, 2, 2).double().eval()  # norms of the batch would undo the factors
+    for b in layer.bottlenecks:
+        b.act1.inplace = False  # as torch demands of modules with backward hooks
+    x, w = torch.randn(2, 2, 12, 6, 5, dtype=torch.float64)
+    before, plain = run(layer, x, w), unstack_model(layer)
+    for module in (layer, *(unit for unit in plain.units)):
+        CHANGES[name](module)
+    y, dx, *grads = run(layer, x, w)
+    y_ref, dx_ref, *_ = run(plain, x, w)
+    assert_close((y, dx), (y_ref, dx_ref))
+    assert not torch.allclose(dx, before[1])
+    layer.load_state_dict({k: v.grad for k, v in plain.named_parameters()}, strict=False)
+    assert_close(dict(zip([n for n, _ in layer.named_parameters()], grads, strict=True)),
+                 {n: p.detach() for n, p in layer.named_parameters()})
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_settings_that_the_operator_knows(same):
+    """Dilation that all 3x3 convolutions share, and eps, momentum and mode of any single norm, as set by users."""
+    layer = make_layer(12, 3, 2, 2).double()
+    if same:
+        change_convs(*CONV2, dilation=(2, 2), padding=(2, 2))(layer)
+        change_convs('bottlenecks.0.conv1', dilation=(2, 2))(layer)  # as smp sets it for every convolution of a stage
+    else:
+        layer.bottlenecks[0].conv1.bn.eps, layer.bottlenecks[1].conv2.bn.momentum = 0.5, 0.9
+        layer.bottlenecks[1].conv3.bn.eval()
+    x = torch.randn(2, 12, 6, 5, dtype=torch.float64)
+    assert layer._obstacle(x) is None
+    composite = composite_of(layer)
+    for f, c in zip(run(layer, x), run(composite, x), strict=True):
+        assert_close(f, c)
+    assert_close(layer.state_dict(), composite.state_dict())
+
+
+def test_global_hooks_are_called():
+    """As of tools that follow every module there is; each activation is called by every unit."""
+    layer, calls = GunnLayer(12, 3), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+    try:
+        layer(torch.randn(2, 12, 3, 3))
+    finally:
+        handle.remove()
+    assert calls.count(nn.ReLU) == 2 * 3
+
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_saved_tensors_are_tensors(kept):
+    """As torchviz expects, which draws them."""
+    layer = make_layer(12, 3, drop_path=0.5 * kept)
+    node = layer(torch.randn(2, 12, 3, 3, requires_grad=True)).grad_fn
+    while not node.name().startswith('Generated'):
+        node = node.next_functions[0][0]
+    assert len(node.saved_tensors) > 10
+    assert all(isinstance(t, torch.Tensor) for t in node.saved_tensors)

@@ -2,8 +2,8 @@
 import copy
 import functools
 import math
+import warnings
 
-import numpy as np
 import pytest
 import timm.layers
 import torch
@@ -13,7 +13,8 @@ from reference import ReferenceLayer, randomise
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch.testing import assert_close
 
-from timm_gunn import Gunn, GunnLayer
+from timm_gunn import GunnLayer, unstack_model
+from timm_gunn.layer import Bottleneck
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -172,116 +173,141 @@ def test_batch_counter_advances_once_per_step():
     lambda c, **dd: nn.LazyBatchNorm2d(**dd)])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_unsupported_norm(norm, ordered):
-    with pytest.raises(TypeError, match=r'(Group|Layer|Instance|Batch)Norm.*expected a norm of the BatchNorm family'):
+    with pytest.raises(TypeError, match=r'norm of the BatchNorm family, got (Group|Layer|Instance|(Lazy)?Batch)Norm'):
         GunnLayer(64, 2, ordered=ordered, norm_layer=norm)
 
 
-def test_unsupported_modules_swapped_in_later():
+class OddNorm(OtherFrozenBatchNorm2d):
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.mixing = nn.Parameter(torch.eye(num_features))
+
+
+class OddBottleneck(Bottleneck):
+    pass
+
+
+def replace_forward(module):
+    module.forward = lambda x: x
+    return module
+
+
+def prune(module):
+    return nn.utils.prune.random_unstructured(module, 'weight', 0.5)
+
+
+# What a user's code may do to a module of an ordered layer, and what is then run no more.
+CHANGES = {
+    'other norm': ('conv2.bn', lambda m: nn.GroupNorm(2, 24), 'GroupNorm'),
+    'odd norm': ('conv2.bn', lambda m: OddNorm(24), 'OddNorm of mixing'),
+    'parametrised norm': ('conv2.bn', nn.utils.parametrizations.weight_norm, 'ParametrizedBatchNorm2d'),
+    'pruned norm': ('conv2.bn', prune, 'BatchNorm2d of bias, weight_orig'),
+    'norm with another forward': ('conv2.bn', replace_forward, 'a BatchNorm2d whose forward is replaced'),
+    'wrapped convolution': ('conv1.conv', nn.Sequential, 'a ConvNorm of Sequential'),
+    'subclass': ('conv1.conv', lambda m: timm.layers.StdConv2d(12, 24, 1), 'StdConv2d'),
+    'scripted convolution': ('conv1.conv', torch.jit.script, 'RecursiveScriptModule'),
+    'parametrised convolution': ('conv1.conv', nn.utils.parametrizations.weight_norm, 'ParametrizedConv2d'),
+    'padding': ('conv2.conv', lambda m: nn.Conv2d(24, 24, 3, padding=1, padding_mode='reflect', groups=3), 'reflect'),
+    'pruned convolution': ('conv2.conv', prune, 'weight_orig'),
+    'spectral norm': ('conv2.conv', nn.utils.spectral_norm, 'weight_orig'),
+    'weight norm': ('conv2.conv', nn.utils.weight_norm, 'weight_g'),
+    'convolution with another forward': ('conv1.conv', replace_forward, 'a Conv2d whose forward is replaced'),
+    'bottleneck with another forward': ('', replace_forward, 'a Bottleneck whose forward is replaced'),
+    'other bottleneck': ('', lambda m: OddBottleneck(12, 24, 3), 'OddBottleneck'),
+}
+
+
+def change(module, where, how):
+    parent, _, name = where.rpartition('.')
+    parent = module.get_submodule(parent)
+    setattr(parent, name, how(parent.get_submodule(name)))
+
+
+@pytest.mark.parametrize('name', CHANGES)
+@pytest.mark.filterwarnings('ignore:.*weight_norm. is deprecated', 'ignore:.*torch.jit')
+def test_modules_that_are_more_than_their_slices(name):
+    """One error, which names the plain form."""
+    where, how, what = CHANGES[name]
     layer = GunnLayer(12, 3)
-    layer.bottlenecks[0].conv2.bn = nn.GroupNorm(2, 24)
-    with pytest.raises(TypeError, match=r'GroupNorm.*BatchNorm family'):
-        layer(torch.randn(2, 12, 3, 3))
-
-    class OddNorm(OtherFrozenBatchNorm2d):
-        def __init__(self, num_features):
-            super().__init__(num_features)
-            self.mixing = nn.Parameter(torch.eye(num_features))
-
-    layer.bottlenecks[0].conv2.bn = OddNorm(24)
-    with pytest.raises(TypeError, match=r'OddNorm\.mixing has shape \(24, 24\)'):
-        layer(torch.randn(2, 12, 3, 3))
-
-    layer = GunnLayer(12, 3)
-    nn.utils.parametrizations.weight_norm(layer.bottlenecks[0].conv2.bn)
-    with pytest.raises(TypeError, match='parametrised or pruned norm'):
-        layer(torch.randn(2, 12, 3, 3))
-
-
-@pytest.mark.parametrize('change', [
-    nn.Sequential, lambda conv: timm.layers.StdConv2d(12, 24, 1), nn.utils.parametrizations.weight_norm,
-    lambda conv: nn.Conv2d(12, 24, 1, padding_mode='reflect')])
-def test_convolutions_that_do_more(change):
-    layer = GunnLayer(12, 3)
-    layer.bottlenecks[0].conv1.conv = change(layer.bottlenecks[0].conv1.conv)
-    with pytest.raises(TypeError, match=r'expected an nn\.Conv2d with zero padding'):
-        layer(torch.randn(2, 12, 3, 3))
+    change(layer, f'bottlenecks.0.{where}'.strip('.'), how)
+    for run in (layer, unstack_model):
+        with pytest.raises(TypeError, match=rf'slices.* cannot stand for .*{what}.*timm_gunn\.unstack_model\(model\)'):
+            run(torch.randn(2, 12, 3, 3) if run is layer else layer)
 
 
 @pytest.mark.parametrize('hook', [
     lambda conv: nn.utils.prune.l1_unstructured(conv, 'weight', 0.5), nn.utils.spectral_norm, nn.utils.weight_norm])
 @pytest.mark.filterwarnings('ignore:.*weight_norm. is deprecated')
-def test_convolutions_whose_weight_is_made_by_a_hook(hook):
-    layer = GunnLayer(12, 3)
+def test_weights_made_by_a_hook_without_an_order(hook):
+    """The modules run as they are, and are left with their norms."""
+    layer, x = GunnLayer(12, 3, ordered=False), torch.randn(2, 12, 3, 3)
     conv = layer.bottlenecks[0].conv2.conv
     hook(conv)
-    x = torch.randn(2, 12, 3, 3)
-    with pytest.raises(TypeError, match='no parameters but weight and bias'):
-        layer(x)
-    layer.ordered = False  # runs its modules as they are
     layer(x).sum().backward()
     assert list(conv.parameters())
     assert all(p.grad is not None for p in conv.parameters())
     y = layer.eval()(x)
-    assert_close(timm.utils.reparameterize_model(layer, inplace=True)(x), y)  # is left with its norm
+    assert_close(timm.utils.reparameterize_model(layer, inplace=True)(x), y)
 
 
-def test_pruned_norm():
-    layer = GunnLayer(12, 3)
-    nn.utils.prune.random_unstructured(layer.bottlenecks[0].conv2.bn, 'weight', 0.5)
-    with pytest.raises(TypeError, match=r"parametrised or pruned norm.*weight_orig"):
-        layer(torch.randn(2, 12, 3, 3))
-
-
-def test_hooks_that_look_on():
-    """As of those who count operations: they change nothing, the fused operator included."""
+@pytest.mark.parametrize('module', ['bottlenecks.0', 'bottlenecks.0.conv1', 'bottlenecks.0.conv2.conv', 'proj.bn'])
+def test_hooks_that_cannot_run(module):
+    """A warning, since most only look on, as those of fvcore do; their results are the same."""
     torch.manual_seed(0)
-    layer = GunnLayer(12, 3, shortcut=True)
-    x = torch.randn(2, 12, 3, 3)
+    layer, x = GunnLayer(12, 3, shortcut=True), torch.randn(2, 12, 3, 3)
     y = layer(x)
-    for m in layer.modules():
-        m.register_forward_pre_hook(lambda *_: None)
-    assert layer._obstacle(x) is None
+    handle = layer.get_submodule(module).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r'hooks .* are not called.*timm_gunn\.unstack_model'):
+        assert_close(layer(x), y)
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        layer(x)
+
+
+def test_norms_that_do_not_count_batches():
+    """As torch allows."""
+    for momentum in (0.1, None):
+        layer, ref = (set_norms(num_batches_tracked=None, momentum=momentum)(m) for m in make_pair())
+        assert_same(layer, ref, torch.randn(3, 12, 3, 3, dtype=torch.float64))
+
+
+def test_norms_with_counters_of_others():
+    """As thop registers them, for the time of its counting."""
+    layer, ref = make_pair(conversion=CONVERSIONS['synchronised'])
+    x = torch.randn(3, 12, 3, 3, dtype=torch.float64)
+    y = ref(x)
+    for norm in layer.modules():
+        if isinstance(norm, nn.SyncBatchNorm):
+            norm.register_buffer('total_ops', torch.zeros(1))
     assert_close(layer(x), y)
 
 
-def test_sizes_of_numpy():
-    layer = GunnLayer(*np.array([12, 3, 2]))
-    assert type(layer.channels) is int
-    assert layer.bottlenecks[0].conv1.conv.weight.shape == (24, 12, 1, 1)
-
-
-@pytest.mark.parametrize('name', ['act_layer', 'norm_layer'])
-@pytest.mark.parametrize('cls', [GunnLayer, Gunn])
-def test_layers_that_are_none(cls, name):
-    with pytest.raises(TypeError, match=f'{cls.__name__}: {name} must be the name of a layer.*got None'):
-        cls((12,) if cls is Gunn else 12, (3,) if cls is Gunn else 3, **{name: None})
-
-
 @pytest.mark.parametrize(('args', 'kwargs', 'message'), [
-    ((12, 5), {}, 'divisible.*12 and 5'),
-    ((0, 1), {}, 'channels.*at least 1, got 0'),
-    ((12, 0), {}, 'segments.*at least 1, got 0'),
-    ((12, -3), {}, 'segments.*at least 1, got -3'),
-    ((12, 3, 0), {}, 'expansion.*at least 1, got 0'),
-    ((12, 3, 1.5), {}, 'expansion.*integer.*got 1.5'),
-    ((12, 3, True), {}, 'expansion.*integer.*got True'),
-    ((12, 3, 2, 0), {}, 'depth.*at least 1, got 0'),
-    ((12, 3), dict(dilation=0), 'dilation.*at least 1, got 0'),
-    ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\), got 1.0'),
-    ((12, 3), dict(drop_path=0.1, residual=False), 'drop_path=0.1 needs residual=True'),
+    ((12, 5), {}, "divisible.*'channels': 12, 'segments': 5"),
+    ((0, 1), {}, "at least 1.*'channels': 0"),
+    ((12, 0), {}, "at least 1.*'segments': 0"),
+    ((12, -3), {}, "at least 1.*'segments': -3"),
+    ((12, 3, 0), {}, "at least 1.*'expansion': 0"),
+    ((12, 3, 2, 0), {}, "at least 1.*'depth': 0"),
+    ((12, 3), dict(dilation=0), "at least 1.*'dilation': 0"),
+    ((12, 3), dict(drop_path=1.0), r'drop_path must be in \[0, 1\).*got 1.0'),
+    ((12, 3), dict(drop_path=0.1, residual=False), '0 with residual=False.*got 0.1'),
 ])
 def test_bad_arguments(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         GunnLayer(*args, **kwargs)
 
 
-@pytest.mark.parametrize('ordered', [True, False])
 @pytest.mark.parametrize('channels', [11, 13, 24])
-def test_wrong_channel_count(ordered, channels):
-    with pytest.raises(ValueError, match=rf'expected an input of 12 channels.*got \[2, {channels}, 4, 4\]'):
-        GunnLayer(12, 3, ordered=ordered)(torch.randn(2, channels, 4, 4))
+def test_wrong_channel_count(channels):
+    with pytest.raises(ValueError, match=rf'expected an input \(B, 12, H, W\), got \[2, {channels}, 4, 4\]'):
+        GunnLayer(12, 3)(torch.randn(2, channels, 4, 4))
     with pytest.raises(ValueError, match=r'\(B, 12, H, W\), got \[12, 4, 4\]'):
-        GunnLayer(12, 3, ordered=ordered)(torch.randn(12, 4, 4))
+        GunnLayer(12, 3)(torch.randn(12, 4, 4))
+    for layer in (GunnLayer(12, 3, ordered=False), unstack_model(GunnLayer(12, 3))):  # their convolutions say so
+        with pytest.raises(RuntimeError, match='12 channels'):
+            layer(torch.randn(2, channels, 4, 4))
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
@@ -301,7 +327,7 @@ def test_torchscript():
 
 
 def test_symbolic_trace_of_the_layer_itself():
-    with pytest.raises(TypeError, match='a module that contains the layer'):
+    with pytest.raises(TypeError, match=r'as a part of another module, or unstack_model\(it\)'):
         torch.fx.symbolic_trace(GunnLayer(12, 3))
 
 

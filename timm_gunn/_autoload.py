@@ -1,8 +1,8 @@
 """Makes timm find the models of timm_gunn by name, without an import of timm_gunn.
 
 PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backends`). At that moment timm may be half
-imported, so arm() only leaves a hook for the import system, which registers the models once `timm.models` has been
-executed and is then gone. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
+imported, so arm() only leaves a hook for the import system, which registers the models each time `timm.models` has been
+executed, also anew. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
 calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
 of torch or timm. An editable install holds a copy, too: after a change to this file, install again.
 
@@ -29,7 +29,7 @@ class _Hook:
             spec = find_spec(fullname, path, target) if find_spec else None
             if spec is not None:
                 if hasattr(spec.loader, 'exec_module'):
-                    spec.loader = _Loader(spec.loader, self)
+                    spec.loader = _Loader(spec.loader)
                 else:
                     _warn(f'timm-gunn cannot follow the import of timm by {spec.loader!r}: import timm_gunn instead')
                 return spec
@@ -39,15 +39,12 @@ class _Hook:
 class _Loader:
     """Runs another loader, then registers the models. The module keeps the other loader as its own."""
 
-    def __init__(self, loader, hook):
+    def __init__(self, loader):
         self.loader = loader
-        self.hook = hook
 
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)  # if it fails, the hook stays for another attempt
-        if self.hook in sys.meta_path:
-            sys.meta_path.remove(self.hook)
+        self.loader.exec_module(module)
         _register()
 
     def __getattr__(self, name):  # create_module, is_package, get_source, ...
@@ -56,6 +53,12 @@ class _Loader:
 
 def _register():
     try:
+        ours, timms = (
+            getattr(sys.modules.get(name), 'register_model', None) for name in ('timm_gunn.gunn', _TARGET))
+        if ours not in (None, timms):  # of a timm that has been dropped
+            import importlib
+            del sys.modules['timm_gunn.gunn']
+            importlib.reload(sys.modules['timm_gunn'])
         import timm_gunn  # noqa: F401
     except Exception as e:
         version = getattr(sys.modules.get('timm'), '__version__', 'of unknown version')
@@ -74,7 +77,7 @@ def _warn(message):
 
 
 def arm():
-    """Register the models once timm.models has been executed, now or at its import. Never raises."""
+    """Register the models once timm.models has been executed, before or from now on. Never raises."""
     try:
         if _TARGET in sys.modules:
             _register()

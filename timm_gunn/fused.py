@@ -146,9 +146,9 @@ def _setup_context(ctx, inputs, output):
         # A later step in training mode may update given statistics before the backward pass of this one.
         used = stats[2 * k:2 * k + 2] if batch else [t.clone() for t in params[5 * k + 3:5 * k + 5]]
         params[5 * k + 3:5 * k + 5] = used
-    ctx.num_params = len(params)
+    ctx.num_params, ctx.has_kept = len(params), kept is not None
     ctx.config = eps, *config
-    ctx.save_for_backward(x, y, kept, *params, *saved)
+    ctx.save_for_backward(x, y, *params, *saved, *([] if kept is None else [kept]))  # no None, for torchviz
 
 
 def _backward(ctx, grad, *_):
@@ -159,7 +159,8 @@ def _backward(ctx, grad, *_):
         raise RuntimeError(
             'GunnLayer: the fused layer has no second derivative, and create_graph=True asks for one; '
             'set fused=False on the layer.')
-    x, y, kept, *tensors = ctx.saved_tensors
+    x, y, *tensors = ctx.saved_tensors
+    kept = tensors.pop() if ctx.has_kept else None
     params, saved = tensors[:ctx.num_params], tensors[ctx.num_params:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     grad_x, grads = ordered_update_backward(grad, x, y, params, saved, ctx.batch_stats, needs, kept, *ctx.config)

@@ -22,8 +22,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, create_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .layer import GunnLayer, check_options, fold_norm, reset_norm
+from .layer import ConvNorm, GunnLayer, fold_norm, reset_norm
 
 __all__ = ['Gunn']
 
@@ -88,8 +89,9 @@ def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
     """Let module work on copies of its buffers, so that what it does to them is forgotten."""
     saved = [(m, dict(m._buffers)) for m in module.modules()]
     try:
-        for m, buffers in saved:
-            m._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+        with _disable_current_modes():  # selective checkpointing knows of no copies
+            for m, buffers in saved:
+                m._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
         yield
     finally:
         for m, buffers in saved:
@@ -166,19 +168,14 @@ class Gunn(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If layout or output_stride is none of the above, a layer's sizes do not fit (see GunnLayer), or
-                drop_path_rate is given without a residual.
-            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
+            AssertionError: If layout or output_stride is none of the above, or channels and segments differ in number.
+            ValueError: If a layer's arguments do not fit (see GunnLayer).
+            TypeError: If norm_layer is not of the BatchNorm family.
         """
         super().__init__()
-        if layout not in ('imagenet', 'cifar'):
-            raise ValueError(f"Gunn: layout must be 'imagenet' or 'cifar', got {layout!r}.")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f'Gunn: output_stride must be 8, 16 or 32, got {output_stride!r}.')
-        if len(channels) != len(segments):
-            raise ValueError(
-                f'Gunn: expected one channels and one segments entry per stage, got {channels} and {segments}.')
-        check_options('Gunn', residual, act_layer, norm_layer, drop_path_rate=drop_path_rate)
+        assert layout in ('imagenet', 'cifar'), f"layout must be 'imagenet' or 'cifar', got {layout!r}."
+        assert output_stride in (8, 16, 32), f'output_stride must be 8, 16 or 32, got {output_stride!r}.'
+        assert len(channels) == len(segments), f'channels and segments must go by stage, got {channels} and {segments}.'
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         norm_layer = get_norm_layer(norm_layer)
@@ -188,7 +185,7 @@ class Gunn(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        # Every feature is the output of a direct child, and the children run in the order of their registration.
+        # Every feature is the output of a direct child. What else users attach to the network is theirs to run.
         stem_chs = 64
         kernel_size, reduction = (7, 2) if imagenet else (3, 1)
         self.stem = ConvNormAct(_conv_norm_act(
@@ -228,6 +225,7 @@ class Gunn(nn.Module):
         self.num_features = prev_chs
         self._create_head(num_classes, global_pool, **dd)
         self.feature_names: List[str] = [info['module'] for info in self.feature_info]
+        self.body_names: List[str] = ['stem', *(f'stage{i + 1}' for i in range(len(channels))), 'final_conv']
 
         self.init_weights()
 
@@ -301,27 +299,14 @@ class Gunn(nn.Module):
             intermediates_only: Return the intermediate features alone.
         """
         assert output_fmt == 'NCHW', f"Output format must be 'NCHW', got '{output_fmt}'."
-        intermediates: List[torch.Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.feature_names), indices)
-
-        feat_idx = -1
-        for name, module in self.named_children():
-            if name == 'final_conv' or name == 'head' or (stop_early and feat_idx == max_index):
-                pass  # not a feature, or past the last one asked for
-            else:
-                if self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
-                    x = checkpoint(module, x)
-                else:
-                    x = module(x)
-                if name in self.feature_names:
-                    feat_idx += 1
-                    if feat_idx in take_indices:
-                        intermediates.append(x)
-
+        names = self.body_names[:-1]
+        if stop_early:
+            names = names[:names.index(self.feature_names[max_index]) + 1]
+        x, intermediates = self._forward_children(x, names, [self.feature_names[i] for i in take_indices])
         if intermediates_only:
             return intermediates
-
-        if feat_idx == len(self.feature_names) - 1:
+        if len(names) == len(self.body_names) - 1:
             x = self.final_conv(x)
         return x, intermediates
 
@@ -337,7 +322,8 @@ class Gunn(nn.Module):
         prune_end = max_index < len(self.feature_names) - 1 or (
             (prune_norm or prune_head) and not isinstance(self.final_conv, nn.Identity))
         for name in self.feature_names[max_index + 1:]:
-            if hasattr(self, name):  # not pruned before
+            if name in self.body_names:  # not pruned before
+                self.body_names.remove(name)
                 delattr(self, name)
         if prune_end:
             self.final_conv = nn.Identity()
@@ -348,14 +334,31 @@ class Gunn(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to unpooled features (B, num_features, ceil(H / reduction), ...)."""
-        for name, module in self.named_children():
-            if name == 'head':
-                pass
-            elif self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
-                x = checkpoint(module, x)
-            else:
-                x = module(x)
-        return x
+        return self._forward_children(x, self.body_names, [])[0]
+
+    def _forward_children(
+            self, x: torch.Tensor, names: List[str], wanted: List[str]) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Run the named children in that order; returns the last output and those of the wanted ones."""
+        outputs: List[torch.Tensor] = []
+        if torch.jit.is_scripting():
+            for name, module in self.named_children():  # the only loop over modules that TorchScript has
+                if name in names:
+                    x = module(x)
+                    if name in wanted:
+                        outputs.append(x)
+        else:
+            for name in names:
+                module = getattr(self, name)
+                checkpointed = self.grad_checkpointing and name.startswith('stage')
+                x = checkpoint(module, x) if checkpointed else module(x)
+                if name in wanted:
+                    outputs.append(x)
+        return x, outputs
+
+    def __prepare_scriptable__(self) -> 'Gunn':
+        for name in (*self.body_names, 'head'):  # TorchScript runs them in the order of their registration
+            self._modules[name] = self._modules.pop(name)
+        return self
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Unpooled features to logits, or to pooled features (B, head_hidden_size) if pre_logits."""
@@ -369,7 +372,7 @@ class Gunn(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, GunnLayer):
+        if isinstance(child, ConvNorm):  # of GUNN layers
             child.reset_parameters()
         elif isinstance(child, nn.Conv2d) and child.bias is None:
             nn.init.kaiming_normal_(child.weight, mode='fan_out', nonlinearity='relu')
@@ -399,6 +402,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
             f'{f"those of several, {prefixes}" if prefixes else list(state_dict)[:3]}.')
     prefix, = prefixes
     state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    for name, module in model.named_modules():
+        if isinstance(module, GunnLayer):
+            module.stack_units(state_dict, f'{name}.')
     missing = [
         k for k in model.state_dict() if k not in state_dict and not k.startswith('head.') and 'tracked' not in k]
     if missing:

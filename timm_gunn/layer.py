@@ -15,9 +15,9 @@ operator of fused.py instead, which computes the same from the same parameters i
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import logging
+import warnings
 from itertools import chain
-from numbers import Integral
-from typing import List, Optional, Tuple, Type, Union
+from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -25,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
+from torch.nn.utils import fuse_conv_bn_weights
 
-from .fused import folded, ordered_update
+from .fused import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -79,19 +79,15 @@ class GunnLayer(nn.Module):
 
         Raises:
             ValueError: If a size is below 1, P does not divide N, or drop_path is given without a residual.
-            TypeError: If norm_layer is not of the BatchNorm family, or a layer is None.
+            TypeError: If norm_layer is not of the BatchNorm family.
         """
         super().__init__()
-        for name, value in dict(
-                channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation).items():
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f'GunnLayer: {name} must be an integer of at least 1, got {value!r}.')
-        if channels % segments:
-            raise ValueError(f'GunnLayer: channels must be divisible by segments, got {channels} and {segments}.')
-        check_options('GunnLayer', residual, act_layer, norm_layer, drop_path=drop_path)
-
-        # Plain ints: those of NumPy are none to TorchScript.
-        channels, segments, expansion, depth, dilation = map(int, (channels, segments, expansion, depth, dilation))
+        sizes = dict(channels=channels, segments=segments, expansion=expansion, depth=depth, dilation=dilation)
+        if min(sizes.values()) < 1 or channels % segments:
+            raise ValueError(f'GunnLayer: sizes must be at least 1, channels divisible by segments, got {sizes}.')
+        if not 0.0 <= drop_path < 1.0 or (drop_path and not residual):
+            raise ValueError(
+                f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, got {drop_path!r}.')
         self.channels = channels
         self.segments = segments
         self.ordered = ordered
@@ -121,20 +117,19 @@ class GunnLayer(nn.Module):
                 m.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Update x, (B, N, H, W). Raises ValueError for any other shape."""
+        """Update x, (B, N, H, W). Ordered, raises ValueError for any other shape."""
+        if not self.ordered or self.segments == 1:
+            return self._forward_simultaneous(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
             if isinstance(x, torch.fx.Proxy):
                 return self._as_leaf(x)
         if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f'GunnLayer: expected an input of {self.channels} channels, (B, {self.channels}, H, W), '
-                f'got {list(x.shape)}.')
-        if self.ordered and self.segments > 1:
-            if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
-                if self._can_fuse(x):
-                    return self._forward_fused(x)
-            return self._forward_ordered(x)
-        return self._forward_simultaneous(x)
+            raise ValueError(f'GunnLayer: expected an input (B, {self.channels}, H, W), got {list(x.shape)}.')
+        if not torch.jit.is_scripting():
+            self.check_slices()
+            if self._can_fuse(x):
+                return self._forward_fused(x)
+        return self._forward_ordered(x)
 
     def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
         update = self.bottlenecks(x)
@@ -206,45 +201,78 @@ class GunnLayer(nn.Module):
         if x.dtype not in (dtype, torch.float32):
             return f'an input of {x.dtype} under autocast to {dtype}'
         autocast = _autocasts(x)
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        for bottleneck in self.bottlenecks:
-            for act in (bottleneck.act1, bottleneck.act2):
-                if type(act) is not nn.ReLU:
-                    return f'activation {type(act).__name__}'
-        for c in self._conv_norms():
-            if not _is_plain_conv(c.conv):
-                return f'convolution {c.conv} with parameters {list(c.conv._parameters)}'
-            weight_dtype = c.conv.weight.dtype
-            if weight_dtype != dtype and (not autocast or weight_dtype == torch.float64):
-                return f'an input of {x.dtype} and weights of {weight_dtype}'
-            if c.conv.weight.device != x.device:
-                return f'an input on {x.device} and weights on {c.conv.weight.device}'
-            if not c.is_fusible():
-                return f'norm {type(c.bn).__name__}, convolution with{"out" if c.conv.bias is None else ""} bias'
+        if nn.modules.module._has_any_global_hook():
+            return 'global module hooks'
+        for act in (a for b in self.bottlenecks for a in (b.act1, b.act2)):
+            if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
+                return f'activation {type(act).__name__}, or one with hooks'
+        count, dilation = x.shape[0] * x.shape[2] * x.shape[3], self.bottlenecks[0].conv2.conv.dilation[0]
+        for k, c in enumerate(self._conv_norms()):
+            conv, weight = c.conv, c.conv.weight
+            size, d = (3, dilation) if k % 3 == 1 else (1, conv.dilation[0])
+            settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+            if settings != ((size, size), (1, 1), (d * (size // 2),) * 2, (d, d)):
+                return f'convolution {conv}'
+            if weight.dtype != dtype and (not autocast or weight.dtype == torch.float64):
+                return f'an input of {x.dtype} and weights of {weight.dtype}'
+            if weight.device != x.device:
+                return f'an input on {x.device} and weights on {weight.device}'
+            known = is_plain(c.bn) or _is_torchvision_frozen(c.bn)
+            if type(c.bn) is not nn.Identity and (conv.bias is not None or not known):
+                return f'norm {type(c.bn).__name__}, convolution with{"out" if conv.bias is None else ""} bias'
             if count <= 1 and takes_batch_stats(c.bn):
                 return 'statistics of a single value'
-        if count == 0:
-            return 'an empty input'
-        return None
+        return 'an empty input' if count == 0 else None
+
+    @torch.jit.ignore
+    def check_slices(self) -> None:
+        """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
+        convs = self._conv_norms()
+        sliced = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
+        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
+        odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
+        odd += filter(None, map(_unsliceable, convs))
+        if odd:
+            raise TypeError(
+                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; '
+                'make plain modules of its units first, with timm_gunn.unstack_model(model).')
+        if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            warnings.warn(
+                'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
+                'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=2)
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
         if not self.has_drop_path or not self.training:
             return None
-        kept = self.drop_path(torch.ones(x.shape[0] * self.segments, 1, 1, 1, device=x.device, dtype=x.dtype))
+        kept = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
         return kept.view(-1, self.segments, 1, 1)
 
     @torch.jit.ignore
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
         if x.tracer.root is self:
-            raise TypeError('GunnLayer: torch.fx can trace a module that contains the layer, not the layer itself.')
+            raise TypeError('GunnLayer: torch.fx can trace a layer as a part of another module, or unstack_model(it).')
         return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+
+    def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
+        self.stack_units(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.jit.ignore
+    def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
+        for name, own in chain(self.named_parameters(), self.named_buffers()):
+            keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
+            units = [state_dict.pop(key) for key in keys if key in state_dict]
+            if units:  # counters, and parameters of an activation, are the same in all units
+                stacked = own.ndim > 0 and len(own) > len(units[0])
+                state_dict[prefix + name] = torch.cat(units) if stacked else units[0]
 
     def __prepare_scriptable__(self) -> 'GunnLayer':
         """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
         for m in self.modules():
-            if isinstance(m, ConvNorm) and type(m.bn) is not nn.BatchNorm2d:
+            if isinstance(m, ConvNorm) and type(m.bn) not in (nn.BatchNorm2d, nn.Identity):
                 raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(m.bn)}.')
         return self
 
@@ -310,7 +338,8 @@ class ConvNorm(nn.Module):
             in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
             groups=groups, bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
-        check_norm(self.bn, out_chs)
+        if not _has_slices(self.bn, out_chs):
+            raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, got {type(self.bn).__name__}.')
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -334,21 +363,27 @@ class ConvNorm(nn.Module):
     def forward_unit(self, x: torch.Tensor, unit: int) -> torch.Tensor:
         """One unit: (B, in_chs / groups, H, W) to (B, out_chs / P, H, W)."""
         start, stop = unit * self.rows, (unit + 1) * self.rows
+        x = F.conv2d(
+            x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
+            self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
-            x = F.conv2d(
-                x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
-                self.conv.stride, self.conv.padding, self.conv.dilation)
-            return _batch_norm_unit(
-                x, start, stop, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var,
-                self.bn.num_batches_tracked, self.bn.training, self.bn.momentum, self.bn.eps)
-        return norm_unit(self.bn, conv_unit(self.conv, x, start, stop), start, stop)
+            return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
+        return self._batch_norm_unit(x, start, stop) if is_plain(self.bn) else norm_unit(self.bn, x, start, stop)
 
-    def is_fusible(self) -> bool:
-        """Whether ordered_update has what the norm does: a plain, frozen (torchvision) or folded BatchNorm."""
+    def _batch_norm_unit(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What nn.BatchNorm2d does, on channels [start, stop) of the norm."""
         norm = self.bn
-        if type(norm) is nn.Identity:
-            return True
-        return self.conv.bias is None and (is_plain(norm) or _is_torchvision_frozen(norm))
+        tracked = norm.num_batches_tracked
+        factor = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.running_mean is not None and tracked is not None:
+            if norm.momentum is None:  # cumulative average over this and all earlier steps
+                factor = 1.0 / (float(tracked) + 1.0)
+            if stop == self.conv.out_channels:
+                tracked.add_(1)
+        return F.batch_norm(
+            x, _rows(norm.running_mean, start, stop), _rows(norm.running_var, start, stop),
+            _rows(norm.weight, start, stop), _rows(norm.bias, start, stop),
+            norm.training or norm.running_mean is None, factor, norm.eps)
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:
         """Weight of the convolution, weight, bias, mean and variance of the norm, as ordered_update takes them."""
@@ -363,25 +398,6 @@ class ConvNorm(nn.Module):
         return weight, gamma, beta, norm.running_mean, norm.running_var
 
 
-def conv_unit(conv: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Compute output channels [start, stop) of a convolution; x has the input channels of that one group.
-
-    Raises TypeError for any other class than nn.Conv2d, other padding than zeros and weights that a hook makes of other
-    parameters: wrappers (low-rank adapters), subclasses (standardised, quantised), parametrisations and
-    torch.nn.utils.prune do more than this slice of the convolution would.
-    """
-    if not _is_plain_conv(conv):
-        raise TypeError(
-            'GunnLayer: expected an nn.Conv2d with zero padding, and no parameters but weight and bias (as pruning, '
-            'spectral_norm and weight_norm add them), to take the weights of a unit from, got '
-            f'{conv} with {list(conv._parameters)}.')
-    return F.conv2d(x, conv.weight[start:stop], _rows(conv.bias, start, stop), conv.stride, conv.padding, conv.dilation)
-
-
-def _is_plain_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and _owns_weight(conv)
-
-
 def _owns_weight(module: nn.Module) -> bool:
     """Whether a module's weight is its parameter, or a view of a flat one, and not made of others by a hook.
 
@@ -391,80 +407,60 @@ def _owns_weight(module: nn.Module) -> bool:
     return module._parameters.keys() <= {'weight', 'bias'}
 
 
-def check_options(
-        owner: str,
-        residual: bool,
-        act_layer: Union[str, Type[nn.Module], None],
-        norm_layer: Union[str, Type[nn.Module], None],
-        **drop_path: float,
-) -> None:
-    """Check what a layer and a network have in common; the rate of stochastic depth goes by the name it has there.
-
-    Raises ValueError for a rate out of bounds or without a residual, TypeError for a layer that is None.
-    """
-    for name, rate in drop_path.items():
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f'{owner}: {name} must be in [0, 1), got {rate!r}.')
-        if rate and not residual:
-            raise ValueError(f'{owner}: {name}={rate} needs residual=True: without x_i a dropped update leaves zeros.')
-    for name, layer in dict(act_layer=act_layer, norm_layer=norm_layer).items():
-        if layer is None:
-            raise TypeError(f'{owner}: {name} must be the name of a layer or a class of modules, got None.')
+def _unsliceable(c: ConvNorm) -> Optional[str]:
+    """What a slice of a convolution and its norm leaves out, None if nothing."""
+    conv, norm = c.conv, c.bn
+    if type(c) is not ConvNorm or type(conv) is not nn.Conv2d:
+        return f'a {type(c).__name__} of {type(conv).__name__}'
+    if conv.padding_mode != 'zeros' or not _owns_weight(conv):
+        return f'{conv} of {", ".join(conv._parameters)}'
+    if is_plain(norm) or _has_slices(norm, conv.out_channels):
+        return None
+    return f'{type(norm).__name__} of {", ".join(name for name, _ in norm.named_parameters())}'
 
 
-def check_norm(norm: nn.Module, channels: int) -> None:
-    """Raise TypeError unless norm treats each of its channels by itself, so that a slice of it is a norm again.
+def _has_slices(norm: nn.Module, channels: int) -> bool:
+    """Whether norm treats each of its channels by itself, so that a slice of it is a norm again.
 
     Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
-    running_mean and running_var per channel (frozen BatchNorms), and the Identity that a folded norm leaves behind.
+    running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but no pruned
+    or parametrised ones, no shards of FSDP, and no tensors of other shapes.
     """
     others = (
         nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
-    if not isinstance(norm, others):
-        stats = [getattr(norm, name, None) for name in ('running_mean', 'running_var')]
-        if isinstance(norm, (_BatchNorm, nn.Identity)) or all(
-                isinstance(t, torch.Tensor) and t.shape == (channels,) for t in stats):
-            return
-    raise TypeError(
-        f'GunnLayer: {type(norm).__name__} cannot be applied to the units of a layer one by one; '
-        'expected a norm of the BatchNorm family (BatchNorm2d, SyncBatchNorm, split or frozen BatchNorm).')
+    params, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
+    owned = all(name.rpartition('.')[2] in ('weight', 'bias') for name in params)
+    known = owned if isinstance(norm, _BatchNorm) else {'running_mean', 'running_var'} <= buffers.keys()
+    return type(norm) is nn.Identity or (known and not isinstance(norm, others) and all(
+        (t.shape == (channels,) or t.numel() == 1) and not hasattr(t, 'to_local')
+        for t in (*params.values(), *buffers.values())))
 
 
 def reset_norm(norm: nn.Module) -> None:
-    """Set weight and running variance 1, all else 0 in a norm of any class that check_norm admits."""
-    ones = 'weight', 'running_var'
+    """Set weight and running variance 1, all else 0 in a norm of any admitted class."""
     with torch.no_grad():
         for name, t in chain(norm.named_parameters(), norm.named_buffers()):
-            t.fill_(name.rpartition('.')[2] in ones)
+            t.fill_(name.rpartition('.')[2] in ('weight', 'running_var'))
 
 
-@torch.no_grad()
 def fold_norm(module: nn.Module) -> None:
     """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
 
-    Other norms than BatchNorm, SyncBatchNorm and torchvision's frozen one, norms without running statistics, other
-    classes than nn.Conv2d, and weights that a hook makes of other parameters are left as they are.
+    Norms of other classes or without running statistics, and weights that are made of others, are left as they are.
     """
     conv, norm = module.conv, module.bn
     plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
     owned = _owns_weight(conv) and _owns_weight(norm)
     if type(conv) is not nn.Conv2d or not plain or not owned or norm.running_mean is None:
         return
-    mean = norm.running_mean
-    weight, bias = folded(
-        conv.weight, torch.ones_like(mean) if norm.weight is None else norm.weight,
-        torch.zeros_like(mean) if norm.bias is None else norm.bias,
-        mean if conv.bias is None else mean - conv.bias, norm.running_var, norm.eps)
-    conv.weight.copy_(weight)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    conv.bias.requires_grad_(conv.weight.requires_grad)
     module.bn = nn.Identity()
 
 
 def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an nn.BatchNorm2d, no subclass, whose statistics are there if and only if it tracks them.
-
-    One whose weight a hook makes of other parameters is none.
-    """
+    """Whether a norm is an nn.BatchNorm2d, no subclass, with its weight and the statistics that it tracks its own."""
     return (
         type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
         and _owns_weight(norm))
@@ -484,10 +480,11 @@ def update_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: tor
     """Do to the running statistics what nn.BatchNorm2d does, given the batch's mean and biased variance."""
     if not norm.training or norm.running_mean is None:
         return
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
+    momentum, tracked = norm.momentum, norm.num_batches_tracked
+    if tracked is not None:
+        tracked.add_(1)
     if momentum is None:  # cumulative average over this and all earlier steps
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
     for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
         running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
 
@@ -496,65 +493,23 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     """Apply channels [start, stop) of a norm to x, (B, stop - start, H, W), as a norm of those channels alone would.
 
     The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
-    advances num_batches_tracked. Raises TypeError for a norm that cannot be sliced.
+    advances num_batches_tracked.
     """
-    if isinstance(norm, nn.Identity):
-        return x
-    if is_plain(norm):
-        return _batch_norm_unit(
-            x, start, stop, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-            norm.training, norm.momentum, norm.eps)
-
-    # Any other class runs its own forward on sliced parameters and buffers. Statistics are views, so that in-place
-    # updates reach the module; counters are copies for all units but the last.
+    # Statistics are views, so that in-place updates reach the module; counters are copies for all units but the last.
     tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
-    channels = max([t.shape[0] for _, t in tensors if t.ndim == 1], default=stop)
-    if parametrize.is_parametrized(norm) or (isinstance(norm, _BatchNorm) and not _owns_weight(norm)):
-        raise TypeError(
-            'GunnLayer: a parametrised or pruned norm cannot be applied to the units one by one, got '
-            f'{norm} with {list(norm._parameters)}.')
-    check_norm(norm, channels)
-    sliced = {}
-    for name, t in tensors:
-        if t.ndim == 1 and t.shape[0] == channels:
-            sliced[name] = t[start:stop]
-        elif t.ndim == 0:
-            sliced[name] = t if stop == channels else t.clone()
-        else:
-            raise TypeError(
-                f'GunnLayer: {type(norm).__name__}.{name} has shape {tuple(t.shape)}; '
-                f'expected one value per channel, ({channels},), or a scalar.')
+    last = stop == max([t.numel() for _, t in tensors], default=stop)
+    sliced = {
+        name: t[start:stop] if t.numel() > 1 else t if last else t.clone() for name, t in tensors}
     return torch.func.functional_call(norm, sliced, (x,))
-
-
-def _batch_norm_unit(
-        x: torch.Tensor,
-        start: int,
-        stop: int,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        running_mean: Optional[torch.Tensor],
-        running_var: Optional[torch.Tensor],
-        num_batches_tracked: Optional[torch.Tensor],
-        training: bool,
-        momentum: Optional[float],
-        eps: float,
-) -> torch.Tensor:
-    """nn.BatchNorm2d's forward on channels [start, stop); all tensors but x are the whole module's."""
-    factor = 0.0 if momentum is None else momentum
-    if training and running_mean is not None and num_batches_tracked is not None:
-        if momentum is None:  # cumulative average over this and all earlier steps
-            factor = 1.0 / (float(num_batches_tracked) + 1.0)
-        if stop == running_mean.shape[0]:
-            num_batches_tracked.add_(1)
-    return F.batch_norm(
-        x, _rows(running_mean, start, stop), _rows(running_var, start, stop),
-        _rows(weight, start, stop), _rows(bias, start, stop),
-        training or running_mean is None, factor, eps)
 
 
 def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     return None if t is None else t[start:stop]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
 
 
 def _transformed() -> bool:
