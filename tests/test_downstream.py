@@ -84,8 +84,8 @@ def test_smp_cifar_networks(name):
 def test_smp_weights(tmp_path):
     """Its default asks for pretrained weights, where the error is timm's; there are the package's, and one's own."""
     smp = library('segmentation_models_pytorch')
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for gunn18'):
-        smp.Unet('tu-gunn18')
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for sunn18'):
+        smp.Unet('tu-sunn18')
     model = smp.Unet('tu-gunn15', encoder_weights=True, encoder_depth=2, decoder_channels=(64, 32))
     weights = timm.create_model('gunn15', pretrained=True).stage3.layer.bottlenecks[0].conv1.conv.weight
     assert torch.equal(model.encoder.model.stage3.layer.bottlenecks[0].conv1.conv.weight, weights)
@@ -564,7 +564,8 @@ def test_finetune(folder, monkeypatch, capsys):
     pretrained = timm.create_model('gunn15', pretrained=True).state_dict()
     assert all(torch.equal(v, pretrained[k]) for k, v in seen['before'].items() if not k.startswith('head'))
     written = timm.create_model('gunn15', num_classes=2, checkpoint_path=str(output)).state_dict()
-    assert_close(written, dict(seen['ema'].module.state_dict()), rtol=0, atol=0)
+    for k, v in seen['ema'].module.state_dict().items():
+        assert_close(written[k], v.half().float() if v.ndim > 1 else v, rtol=0, atol=0)
     assert not torch.equal(written['head.fc.weight'], seen['model'].state_dict()['head.fc.weight'])
     assert [p.name for p in output.parent.iterdir()] == [output.name]
 

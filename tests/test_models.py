@@ -79,7 +79,8 @@ def test_pretrained_without_a_tag(caplog):
     for _ in range(2):
         model = timm.create_model('gunn18', pretrained=True)
         assert (model.pretrained_cfg['tag'], model.num_classes) == ('tiny_in', 200)
-        assert model.pretrained_cfg['label_descriptions'][model.pretrained_cfg['label_names'][0]] == 'goldfish, Carassius auratus'
+        assert model.pretrained_cfg['label_descriptions']['n01443537'] == 'goldfish, Carassius auratus'
+        assert model.pretrained_cfg['label_names'][0] == 'n01443537'
     assert caplog.text.count('no gunn18.in1k weights yet, pretrained=True loads gunn18.tiny_in') == 1
     model = timm.create_model('gunn18')
     assert (model.pretrained_cfg['tag'], model.num_classes) == ('in1k', 1000)
