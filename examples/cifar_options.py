@@ -79,8 +79,8 @@ def parse_args(argv: Optional[List[str]] = None, description: Optional[str] = No
     if args.dtype is None:
         bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = 'bfloat16' if bfloat16 else 'float32'
-    if args.graphs and not cuda:
-        parser.error(f'expected --device cuda for --graphs, got {args.device}')
+    if args.graphs and (args.compile or not cuda):
+        parser.error(f'expected --device cuda and no --compile for --graphs, got {args.device} and {args.compile}')
     if args.dtype == 'float16' and not cuda:
         parser.error(f'expected --dtype float32 or bfloat16 on {args.device}, got float16')
     try:

@@ -53,6 +53,11 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
         parser.error(f'expected a --device that torch finds, got {device}: {str(e).splitlines()[0]}')
 
 
+def has_weights(name: str) -> bool:
+    """Whether pretrained=True loads weights for a timm model, whose name may have a tag."""
+    return timm.is_model_pretrained(name) or bool(timm.list_models(f'{name}.*', pretrained=True))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` once it is complete: there is never half a file under that name."""
@@ -95,6 +100,8 @@ def write_csv(path: Path, rows: List[Row]) -> None:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Matrices and kernels in float16, half the size; norms and biases as they are."""
     state = model.state_dict()
-    tensors = {k: (v.half() if v.ndim > 1 else v).detach().cpu().contiguous() for k, v in state.items()}
+    tensors = {
+        k: (v.half() if v.ndim > 1 and v.is_floating_point() else v).detach().cpu().contiguous()
+        for k, v in state.items()}
     with replacing(path) as part:
         safetensors.torch.save_file(tensors, part, metadata=dict(format='pt'))

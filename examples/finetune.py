@@ -18,7 +18,7 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from common import check_device, save_weights
+from common import check_device, has_weights, save_weights
 from tqdm import tqdm
 
 
@@ -56,7 +56,7 @@ def finetune(args: argparse.Namespace) -> float:
     if len(train) < args.batch_size:
         raise SystemExit(f'expected at least one batch of {args.batch_size} training images, got {len(train)}')
     classes = len(names)
-    pretrained = not args.checkpoint and timm.is_model_pretrained(args.model)
+    pretrained = not args.checkpoint and has_weights(args.model)
     model = timm.create_model(args.model, pretrained=pretrained, num_classes=classes, drop_rate=0.1)
     if args.checkpoint:
         load_all_but_classifier(model, args.checkpoint)

@@ -1,4 +1,4 @@
-"""Everything that a GPU has to say about this package, in a quarter of an hour: tests, speed, memory, a profile.
+"""Everything that a GPU has to say about this package, in six minutes: tests, speed, memory, a profile.
 
     python examples/gpu.py --output output/gpu
     python examples/gpu.py --output output/gpu --parts speed --minutes 4

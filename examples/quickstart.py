@@ -19,6 +19,7 @@ import timm
 import timm.data
 import torch
 import torch.nn.functional as F
+from common import has_weights
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -126,7 +127,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     # Weights that come with the package: those of other models would have to be downloaded.
-    pretrained = args.model.split('.')[0] in timm.list_models(module='gunn') and timm.is_model_pretrained(args.model)
+    pretrained = args.model.split('.')[0] in timm.list_models(module='gunn') and has_weights(args.model)
     try:
         model = timm.create_model(args.model, pretrained=pretrained, num_classes=10, in_chans=1)
     except RuntimeError as e:

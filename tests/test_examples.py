@@ -21,6 +21,7 @@ import draw_order
 import gpu
 import model_table
 import quickstart
+import record_result
 import results_table
 import train_cifar
 from benchmark import Network, Products, bench_models, bench_sweep, interleave, parse_args
@@ -257,11 +258,12 @@ esac
         *['train_cifar.py'] * 3]
     checkpoint = tmp_path / 'out' / 'gunn18-tiny-imagenet-3-0' / 'last.pth.tar'
     assert commands[0][commands[0].index('--resume') + 1] == str(checkpoint)
-    assert ['--minutes' in c for c in commands if 'record_result' in c[0]] == [False, *[True] * 6]
     trained = [dict(itertools.pairwise(c)) for c in commands if c[0].endswith('train.py')]
     assert [(c['--model'], c['--data-dir'], c['--epochs'], c['--seed']) for c in trained] == [
         ('gunn18', 'tiny-imagenet', '3', '0'), *[(m, 'imagenette', '5', s) for s in '34' for m in (
             'gunn18', 'sunn18', 'resnet50')]]
+    recorded = [record_result.parse_args(c[1:]) for c in commands if 'record_result' in c[0]]
+    assert [r.minutes for r in recorded] == [None, *[0] * 6]
     runs = [train_cifar.parse_args(c[1:]) for c in commands if 'train_cifar' in c[0]]
     assert [(r.model, r.dataset_name, r.epochs, r.device) for r in runs] == [
         ('sunn15', 'CIFAR-10', 7, 'cpu'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu'),

@@ -84,6 +84,8 @@ def test_pretrained_without_a_tag(caplog):
     assert caplog.text.count('no gunn18.in1k weights yet, pretrained=True loads gunn18.tiny_in') == 1
     model = timm.create_model('gunn18')
     assert (model.pretrained_cfg['tag'], model.num_classes) == ('in1k', 1000)
+    model = timm.create_model('gunn18', pretrained=True, pretrained_cfg_overlay=dict(input_size=(3, 128, 128)))
+    assert (model.pretrained_cfg['tag'], model.pretrained_cfg['input_size']) == ('tiny_in', (3, 128, 128))
     maps = timm.create_model('gunn18', pretrained=True, features_only=True).state_dict()
     expected = timm.create_model('gunn18.tiny_in', pretrained=True).state_dict()
     assert_close(maps, {k: v for k, v in expected.items() if k in maps}, rtol=0, atol=0)

@@ -17,7 +17,8 @@ own columns is passed on unit by unit, what they send to all others in one produ
 weights is computed as if all of them had met x in the block; the columns that they have met as y are then overwritten,
 in products of halves.
 
-What is kept for the backward pass are x, y and the outputs of those convolutions that an activation follows. All that
+What is kept for the backward pass are x, y and the outputs of the projection and of those convolutions that an
+activation follows. All that
 the norms, activations and narrow 1x1 convolutions make of these is computed again, in the same way. Where no backward
 pass follows, norms with given statistics are folded into the weights.
 
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ['folded', 'ordered_update']
+__all__ = ['ordered_update']
 
 aten = torch.ops.aten
 
@@ -749,7 +750,7 @@ class _CpuNorm(_Norm):
         return out
 
 
-def folded(
+def _folded(
         weight: torch.Tensor,
         gamma: torch.Tensor,
         beta: torch.Tensor,
@@ -772,7 +773,7 @@ def _fold_norms(x: torch.Tensor, params: List[torch.Tensor], eps: List[float]) -
     for (weight, gamma, beta, mean, variance), e in zip(zip(*[iter(params)] * 5, strict=True), eps, strict=True):
         # On a CPU, small maps are sooner scaled than large weights; on CUDA devices the number of calls counts.
         if mean.numel() > 0 and (x.is_cuda or weight[0].numel() <= rows):
-            weight, beta = folded(weight, gamma, beta, mean, variance, e)
+            weight, beta = _folded(weight, gamma, beta, mean, variance, e)
             gamma = mean = variance = gamma.new_empty(0)
         result += [weight, gamma, beta, mean, variance]
     return result
@@ -797,7 +798,7 @@ def _readers(num_convs: int) -> List[int]:
 
 
 def _kept_convs(num_convs: int) -> List[int]:
-    """Indices of the convolutions whose outputs are kept: all but the last ones of the bottlenecks."""
+    """Indices of the convolutions whose outputs are kept: all but the last ones of the bottlenecks, and the projection."""
     return [k for k in range(num_convs) if k % 3 != 2 and k < num_convs // 3 * 3] + _readers(num_convs)[1:]
 
 

@@ -426,7 +426,8 @@ def _find_weights(variant: str) -> Optional[str]:
 
 
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs) -> Gunn:
-    if pretrained and not kwargs.get('pretrained_cfg') and not kwargs.get('pretrained_cfg_overlay'):
+    sources = {'url', 'file', 'state_dict', 'hf_hub_id'} & (kwargs.get('pretrained_cfg_overlay') or {}).keys()
+    if pretrained and not sources and not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg'] = _find_weights(variant)
     out_indices = tuple(range(len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')))  # the stem of the latter
     return build_model_with_cfg(
