@@ -69,8 +69,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         file = Path(folder) / 'result.json'
         subprocess.run([
             sys.executable, 'validate.py', args.data_dir.resolve(), '--split', args.split, '--model', options.model,
-            '--num-classes', str(model.num_classes), *sizes, '--checkpoint', args.file.resolve(), '--device', args.device, '--results-file', file,
-            '--results-format', 'json'], cwd=args.timm, check=True)
+            '--num-classes', str(model.num_classes), *sizes, '--checkpoint', args.file.resolve(),
+            '--device', args.device, '--results-file', file, '--results-format', 'json'], cwd=args.timm, check=True)
         result = json.loads(file.read_text())
     result = result[0] if isinstance(result, list) else result
     row = dict(

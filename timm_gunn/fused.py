@@ -798,7 +798,7 @@ def _readers(num_convs: int) -> List[int]:
 
 
 def _kept_convs(num_convs: int) -> List[int]:
-    """Indices of the convolutions whose outputs are kept: all but the last ones of the bottlenecks, and the projection."""
+    """Indices of the convolutions whose outputs are kept: the first two of every bottleneck, and the projection."""
     return [k for k in range(num_convs) if k % 3 != 2 and k < num_convs // 3 * 3] + _readers(num_convs)[1:]
 
 
