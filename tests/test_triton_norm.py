@@ -12,8 +12,9 @@ DEVICE = 'cpu' if INTERPRETED else 'cuda'
 compiled = [] if INTERPRETED else [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 EPS = 1e-3
-# Widths that fill no vector, rows that fill no block, more rows than all programs take at once.
-SIZES = [(1, 1), (7, 12), (300, 1), (257, 20), (130, 40), (33, 100)]
+# Widths that fill no vector, rows that fill no block, more rows than all programs take at once, and more programs than
+# are added up at once.
+SIZES = [(1, 1), (7, 12), (300, 1), (257, 20), (130, 40), (20, 700)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Every size meets every dtype, and every dtype all four kinds of a norm: Triton's interpreter is slow.
 CASES = [
@@ -41,7 +42,7 @@ def few_programs(monkeypatch):
     torch.manual_seed(0)
     if INTERPRETED:
         monkeypatch.setattr(triton_norm, 'PASS', (5, 512, 4))
-        monkeypatch.setattr(triton_norm, 'SUM', (3, 512, 8))
+        monkeypatch.setattr(triton_norm, 'SUM', (12, 512, 8))
 
 
 def make(dtype, rows, channels, sliced=False):
@@ -83,7 +84,7 @@ class TestTritonNorm:
     pytestmark = compiled
 
     def test_values_statistics_and_gradients(self, dtype, size, batch, relu, sliced):
-        h, grad, first = (make(dtype, *size, sliced) for _ in range(3))
+        h, first, grad = (make(dtype, *size, s) for s in (sliced, sliced, not sliced))
         norm = make_norm(dtype, *size, batch)
         if batch:
             norm.measure(first)
@@ -135,14 +136,13 @@ class TestTritonUpdate:
     def test_update_of_the_state(self, add, two, dtypes):
         """What is written to the segment, to the rounded state where there is one, and the change of that."""
         dtype, out_dtype = dtypes
-        h, t = make(dtype, 130, 20), make(dtype, 130, 20)
+        h, t, state, change = (make(dtype, 130, columns)[:, :20] for columns in (20, 40, 50, 70))
         norm, other = make_norm(dtype, 130, 20, False), make_norm(dtype, 130, 20, False)
         exact = linear(norm, h.double())[0].detach()
         if two:
             exact += linear(other, t.double())[0].detach()
         segment = make(out_dtype, 130, 20, True)
-        state = segment if dtype == out_dtype else make(dtype, 130, 20, True).copy_(segment)
-        change = make(dtype, 130, 20, True)
+        state = segment if dtype == out_dtype else state.copy_(segment)
         expected_change = exact if add else exact - state.double()
         if add:
             exact = exact + segment.double()
