@@ -5,7 +5,7 @@
     python examples/benchmark.py --profile --models gunn18    # the most expensive calls of a train step
     python examples/benchmark.py --models gunn15 sunn15 --img-size 32 --batch-size 64
     python examples/benchmark.py --sweep 400x56 1600x14       # one layer, over the number of segments
-    python examples/benchmark.py --roofline gunn18            # its layers beside what the hardware allows
+    python examples/benchmark.py --count --dtype bfloat16 --batch-size 128  # kernels and bytes on a GPU, without one
 
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator, `NAME:library` one without Triton
 kernels in it, `NAME:folded` (inference) a model with its norms folded by timm, `NAME:products` the matrix products and
@@ -26,19 +26,23 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
+from unittest import mock
 
 import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
 from common import machine
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from timm_gunn import GunnLayer, fused
 
@@ -55,7 +59,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--bench', choices=['train', 'inference', 'both'], default='both')
     parser.add_argument('--sweep', nargs='+', metavar='CHANNELSxPIXELS', help='time single layers over their segments')
     parser.add_argument('--segments', nargs='+', type=int, help='of the sweep (default: all divisors up to a quarter)')
-    parser.add_argument('--roofline', metavar='NAME', help='count operations and bytes of the layers of a GUNN')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
                         help='16 bits by autocast')
@@ -66,6 +69,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
                         help='torch.compile in this mode; reduce-overhead captures CUDA graphs (default: not compiled)')
     parser.add_argument('--graphs', action='store_true', help='every network in CUDA graphs too, beside eager')
     parser.add_argument('--profile', action='store_true', help='list the most expensive calls of one train step')
+    parser.add_argument('--count', action='store_true', help='count kernels, bytes and FLOPs of a step, without a GPU')
+    parser.add_argument('-v', '--verbose', action='store_true', help='list the most expensive calls of the count too')
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--csv', type=Path, help='append a row per variant to this file')
@@ -77,11 +82,15 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if args.graphs and not args.device.startswith('cuda'):
         parser.error(f'--graphs needs --device cuda, got {args.device}')
     if args.csv and args.csv.exists():
-        kind = 'gunn_seconds' if args.sweep else 'flops' if args.roofline else 'bench'
+        kind = 'gunn_seconds' if args.sweep else 'bench'
         with open(args.csv, newline='') as f:
             if kind not in next(csv.reader(f), []):
                 parser.error(f'--csv {args.csv} holds other columns than this kind of run writes; choose another file')
     return args
+
+
+# The fused operator as functions: no mode sees what is called beneath an operator.
+FUNCTIONS = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
 
 
 class Network:
@@ -156,16 +165,14 @@ class RecordProducts(TorchDispatchMode):
         super().__init__()
         self.products = {getattr(torch.ops.aten, name) for name in (
             'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'conv2d', 'convolution', 'convolution_backward')}
-        # Run as functions: no mode sees what is called beneath an operator.
-        self.functions = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
         self.calls: List[Tuple[Callable, List[Any], Dict[str, Any]]] = []
         self.memory: Dict[Tuple, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in self.functions:
+        if func in FUNCTIONS:
             with self, torch.no_grad():
-                return self.functions[func](*args, **kwargs)
+                return FUNCTIONS[func](*args, **kwargs)
         if func.overloadpacket in self.products:
             in_place = func.overloadpacket is torch.ops.aten.addmm_
             self.calls.append((
@@ -200,6 +207,47 @@ class Products:
             op(*args, **kwargs)
 
     train = inference
+
+
+class Count(TorchDispatchMode):
+    """Bytes, FLOPs and number of all calls on fake tensors, by name.
+
+    The tensors are on a CPU, since autograd takes none of a device that is not there. The fused operator is told that
+    they are on a GPU. Triton's kernels are counted in place of their launch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Dict[str, List[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, op = kwargs or {}, func.overloadpacket
+        if func in FUNCTIONS:
+            with self, torch.no_grad(), mock.patch.object(FakeTensor, 'is_cuda', True):
+                return FUNCTIONS[func](*args, **kwargs)
+        if func.namespace != 'aten':  # asks for a tensor's device
+            return func(*args, **kwargs)
+        if op is torch.ops.aten.batch_norm_update_stats:  # has no fake kernel
+            dtype = torch.promote_types(args[0].dtype, torch.float32)
+            out = [args[0].new_empty(args[0].shape[1], dtype=dtype) for _ in range(2)]
+        else:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:  # what it is made of has been counted
+                return out
+            out = func(*args, **kwargs)
+        if not func.is_view and not any(s in op.__name__ for s in ('view', 'empty')):
+            formula = flop_registry.get(torch.ops.aten.addmm if op is torch.ops.aten.addmm_ else op)
+            self.add(op.__name__, (args, kwargs, out), formula(*args, **kwargs, out_val=out) if formula else 0)
+        return out
+
+    def add(self, name: str, tensors: Any, flops: int = 0) -> None:  # noqa: ANN401 (a tree of any kind)
+        tensors = {id(t): t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)}
+        for i, number in enumerate((sum(t.nbytes for t in tensors.values()), flops, 1)):
+            self.calls[name][i] += number
+
+    def launch(self, kernel: Any, programs: int, warps: int, *args, **constants) -> None:  # noqa: ANN401 (of Triton)
+        self.add(kernel.fn.__name__, args)
 
 
 class SingleLayer:
@@ -421,6 +469,35 @@ def bench_profile(args: argparse.Namespace) -> None:
         print(f'{spec}, batch {args.batch_size}: {len(total)} calls, {sum(total):.1f} ms', flush=True)
 
 
+def counted(network: Network) -> Count:
+    """Calls of a forward and backward pass; the network's own tensors become fake."""
+    counter = Count()
+    with FakeTensorMode(allow_non_fake_inputs=True), (
+            mock.patch('timm_gunn.triton_norm.launch', counter.launch) if fused._has_triton() else nullcontext()):
+        network.model.to_empty(device='cpu')
+        network.x = torch.empty_like(network.x)
+        with counter:
+            network.forward().sum().backward()
+    return counter
+
+
+def bench_count(args: argparse.Namespace) -> None:
+    """Kernels, bytes and FLOPs of a forward and backward pass on a GPU: a model, not a measurement.
+
+    Every call that computes is taken for one kernel, which moves each of its tensors once. FLOPs are those of torch's
+    formulas, which are too high for gradients of grouped convolutions (SUNN, ResNeXt).
+    """
+    for spec in args.models:
+        calls = counted(Network(spec, 'inference', argparse.Namespace(**{**vars(args), 'device': 'cpu'}))).calls
+        if args.verbose:
+            print('| GB | TFLOP | kernels | name |\n|---|---|---|---|')
+            for name, (num_bytes, flops, kernels) in sorted(calls.items(), key=lambda item: -item[1][0])[:20]:
+                print(f'| {num_bytes / 1e9:.2f} | {flops / 1e12:.2f} | {kernels} | `{name}` |')
+        num_bytes, flops, kernels = map(sum, zip(*calls.values(), strict=True))
+        print(f'{spec}, batch {args.batch_size}: {kernels} kernels, {num_bytes / 1e9:.1f} GB, '
+              f'{flops / 1e12:.2f} TFLOP', flush=True)
+
+
 def bench_sweep(args: argparse.Namespace) -> None:
     rows, sizes = [], []
     for spec in args.sweep:
@@ -453,90 +530,6 @@ def bench_sweep(args: argparse.Namespace) -> None:
     write_csv(args.csv, rows)
     if args.plots:
         plot_sweep(rows, args.plots)
-
-
-def bench_roofline(args: argparse.Namespace) -> None:
-    """Time of each layer's train step beside the least that its operations, and its bytes, take on this device."""
-    model = timm.create_model(args.roofline)
-    layers: List[Tuple[GunnLayer, int]] = []
-    for m in model.modules():
-        if isinstance(m, GunnLayer):
-            m.register_forward_pre_hook(lambda m, x: layers.append((m, x[0].shape[-1])))
-    with torch.no_grad():
-        model.eval()(torch.randn(1, 3, args.img_size, args.img_size))
-    if not layers:
-        raise SystemExit(f'benchmark: --roofline takes a network with GUNN layers, got {args.roofline!r}.')
-    flops_per_second, bytes_per_second = peaks(args)
-    print(f'\nreached by a large product: {flops_per_second / 1e9:.0f} GFLOP/s, '
-          f'by a large copy: {bytes_per_second / 1e9:.1f} GB/s')
-    print(f'{args.roofline}, batch {args.batch_size}, {args.dtype}: forward and backward of each layer\n')
-    print('| layer {N, P, K, M}, pixels | GFLOP | GB | FLOP/byte | ms by operations | ms by bytes | bound | '
-          'ms measured | operations in % |\n|---|---|---|---|---|---|---|---|---|')
-    rows = []
-    for layer, pixels in layers:
-        flops, num_bytes = layer_work(layer, args.batch_size * pixels ** 2, 4 if args.dtype == 'float32' else 2)
-        config = dict(
-            channels=layer.channels, segments=layer.segments, pixels=pixels, expansion=layer.bottlenecks[0].conv1.rows
-            * layer.segments // layer.channels, depth=len(layer.bottlenecks), shortcut=layer.proj is not None,
-            residual=layer.residual)
-        times, _ = interleave({'layer': partial(SingleLayer, **config, ordered=True, args=args)}, 'train', args)
-        by_flops, by_bytes = 1e3 * flops / flops_per_second, 1e3 * num_bytes / bytes_per_second
-        bound = 'operations' if by_flops > by_bytes else 'bytes'
-        milliseconds = [1e3 * s for s in times['layer']]
-        share = 100 * by_flops / statistics.median(milliseconds)
-        name = ', '.join(str(config[k]) for k in ('channels', 'segments', 'expansion', 'depth'))
-        print(f'| {{{name}}}, {pixels} x {pixels} | {flops / 1e9:.1f} | {num_bytes / 1e9:.2f} | '
-              f'{flops / num_bytes:.0f} | {by_flops:.0f} | {by_bytes:.0f} | {bound} | {spread(milliseconds, 0)} | '
-              f'{share:.0f} |', flush=True)
-        rows.append(dict(
-            model=args.roofline, **config, batch_size=args.batch_size, dtype=args.dtype, flops=flops, bytes=num_bytes,
-            peak_flops_per_second=flops_per_second, peak_bytes_per_second=bytes_per_second, bound=bound,
-            seconds=statistics.median(times['layer']), **machine(args)))
-    write_csv(args.csv, rows)
-
-
-def layer_work(layer: GunnLayer, rows: int, itemsize: int) -> Tuple[float, float]:
-    """FLOPs of a train step, without what is computed again, and bytes that pass between memory and the operations.
-
-    Every operation of fused.py is taken to read its operands from memory and to write its result there, in matrices of
-    `rows` rows. Caches, in which the matrices of a unit may stay, make it less.
-    """
-    n, p, depth = layer.channels, layer.segments, len(layer.bottlenecks)
-    e, o = layer.bottlenecks[0].conv1.rows, n // p
-    forward_block, backward_block = (
-        min(p, max(1, columns // o)) for columns in (fused.FORWARD_BLOCK, fused.BACKWARD_BLOCK))
-    # Of each of a bottleneck's two hidden matrices. Forward: written by its convolution, statistics, norm (read and
-    # write), ReLU (the same), read by the next convolution. Again: norm, ReLU. Backward: the next convolution reads it
-    # and writes its gradient, ReLU (3), norm (2 for the sums, 3), read twice by its own convolution's gradients.
-    hidden = (1 + 1 + 2 + 2 + 1) + (2 + 2) + (2 + 3 + 5 + 2)
-    # Of a bottleneck's output: the same without ReLU, and the sum with the segment (3) or the copy of its gradient.
-    narrow = (1 + 1 + 2 + 3) + 1 + (2 + 5 + 2)
-    # Of the state: read forward, once per block. Backward, within the block of every unit and outside of it once per
-    # block: read, and G read and written.
-    block = backward_block * o
-    state = n / forward_block + 3 * block + 3 * (n - block) / backward_block
-    # Forward in a block: what has changed is read, h read and written. Backward: the gradient of h is copied, and read
-    # by four products. A segment of x, y and G is copied six times.
-    sums = ((forward_block - 1) / 2 * o + 2 * e if forward_block > 1 else 0) + (2 + 4) * e + 12 * o
-    readers = 1 if layer.proj is None else 1 + o / e
-    per_unit = state + sums * readers + depth * (2 * hidden * e + narrow * o) + (readers > 1) * narrow * o
-    weights = sum(c.conv.weight.numel() for c in layer._conv_norms())  # read twice, and their gradients written
-    return 6.0 * rows * weights, float((rows * p * per_unit + 3 * weights) * itemsize)
-
-
-def peaks(args: argparse.Namespace) -> Tuple[float, float]:
-    """FLOP/s and bytes/s of products and of a copy that are large enough to reach what the device can do."""
-    size = 8192 if args.device.startswith('cuda') else 2048
-    kwargs = dict(device=args.device, dtype=getattr(torch, args.dtype))
-    a = torch.randn(size, size, **kwargs)
-    maps = a.view(1, size // 64, 64, size).permute(0, 3, 1, 2)  # a 1x1 convolution is a product, by another library
-    products = [partial(torch.mm, a, a), partial(F.conv2d, maps, a[:, :, None, None])]
-    big, copy = torch.empty(2, 2 ** 26, device=args.device)
-
-    def seconds(run: Callable[[], Any]) -> float:
-        return min(timed(run, args.device) for _ in range(10))
-
-    return 2 * size ** 3 / min(map(seconds, products)), 2 * 4 * len(big) / seconds(partial(copy.copy_, big))
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
@@ -595,7 +588,7 @@ def main() -> None:
     torch.set_float32_matmul_precision('high')
     print(', '.join(f'{k} {v}' for k, v in machine(args).items()))
     run = (
-        bench_sweep if args.sweep else bench_roofline if args.roofline
+        bench_sweep if args.sweep else bench_count if args.count
         else bench_profile if args.profile else bench_models)
     run(args)
 

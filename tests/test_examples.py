@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from timm_gunn import GunnLayer, fused
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 sys.path.insert(0, str(EXAMPLES))
@@ -24,7 +27,7 @@ import quickstart
 import record_result
 import results_table
 import train_cifar
-from benchmark import Network, Products, bench_models, bench_sweep, interleave, parse_args
+from benchmark import Network, Products, bench_count, bench_models, bench_sweep, counted, interleave, parse_args
 from tiny_imagenet import arrange
 
 
@@ -99,6 +102,48 @@ def test_benchmark_replays_every_product(spec, bench):
     # computes the last convolution of each unit again.
     ratio = flops[0] / flops[1]
     assert ratio == 1 if spec == 'sunn15' else 1 < ratio < 1.15, ratio
+
+
+def small_count(model, x, kind=''):
+    network = Network(f'sunn15:{kind}', 'inference', parse_args(['--img-size', '8']))
+    network.model, network.x = model, x
+    return counted(network).calls
+
+
+def test_benchmark_counts_a_convolution():
+    """Bytes (of float32), FLOPs and number of all calls."""
+    x, w, y = 2 * 3 * 16, 5 * 3, 2 * 5 * 16  # numbers in each
+    assert small_count(torch.nn.Conv2d(3, 5, 1, bias=False), torch.empty(2, 3, 4, 4)) == {
+        'convolution': [4 * (x + w + y), 2 * 32 * 15, 1], 'sum': [4 * (y + 1), 0, 1], 'ones_like': [4 * 2, 0, 1],
+        'convolution_backward': [4 * (y + x + w + w), 2 * 32 * 15, 1]}
+
+
+@pytest.mark.parametrize('kind', ['', 'library'])
+def test_benchmark_counts_the_operator_as_on_a_gpu(kind, monkeypatch):
+    """Two units of 4 hidden and 2 own channels on 18 pixels."""
+    if not kind:
+        pytest.importorskip('triton')
+    monkeypatch.setattr(fused, 'TRITON', True)  # put back after the network has changed it
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), GunnLayer(4, 2))
+    calls = small_count(model, torch.empty(2, 4, 3, 3), kind)
+    hidden, own = 4 * 18, 2 * 18
+    if not kind:
+        # What the second unit sends to the first segment, and both units to the state.
+        assert calls['addmm_'] == [
+            4 * (own + hidden + 4 * 2 + 2 * own + 2 * hidden + 8 * 4), 2 * 18 * (4 * 2 + 8 * 4), 2]
+        assert calls['_backward'] == [2 * 4 * (2 * (3 * hidden + 6 * 4) + 3 * own + 6 * 2), 0, 2 * 3]
+        assert [calls[name][2] for name in ('_statistics', '_forward', '_gradient_sums')] == [2 * 3, 2 * 5, 2 * 3]
+    else:
+        assert calls['threshold_backward'] == [2 * 2 * 4 * 2 * hidden, 0, 2 * 2]
+        assert calls['batch_norm_update_stats'] == [2 * 4 * (2 * (hidden + 2 * 4) + own + 2 * 2), 0, 2 * 3]
+
+
+def test_benchmark_prints_counts(capsys):
+    bench_count(parse_args(['--count', '-v', '--models', 'sunn15', '--img-size', '8', '--batch-size', '2']))
+    *table, total = capsys.readouterr().out.splitlines()
+    convs = sum(isinstance(m, torch.nn.Conv2d) for m in timm.create_model('sunn15').modules())
+    assert any(re.fullmatch(rf'\| 0\.\d\d \| 0\.00 \| {convs} \| `convolution` \|', row) for row in table)
+    assert re.fullmatch(r'sunn15, batch 2: \d{3} kernels, 0\.\d GB, 0\.0\d TFLOP', total)
 
 
 def test_benchmark_says_what_is_wrong(tmp_path, capsys):
