@@ -181,7 +181,8 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
     monkeypatch.setattr(timm_gunn.fused, '_CpuNorm', TritonNorm)
-    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 12)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.fused, name, 12)
     torch.manual_seed(0)
     layer = make_layer(16, 4, shortcut=True)
     x, w = torch.randn(2, 8, 16, 16, 16)  # float32: the rounded state is another matrix
