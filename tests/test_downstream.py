@@ -590,20 +590,21 @@ def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     assert all((share < 1) == (mixup != '0') for share, _ in mixed)
 
 
-@pytest.mark.parametrize('checkpoint', [True, False])
-def test_finetune_gunn18(folder, monkeypatch, checkpoint):
+@pytest.mark.parametrize(('name', 'weights'), [('gunn18', 'a checkpoint'), ('gunn18', 'pretrained'), ('sunn18', None)])
+def test_finetune_large_networks(folder, monkeypatch, name, weights):
     """Ten layers from stem to classifier for the decay; the rates of a network without weights are all the same."""
-    source = timm.create_model('gunn18')
+    source = timm.create_model(name, pretrained=weights == 'pretrained')
     torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
+    checkpoint = ['--checkpoint', str(folder / 'last.pth.tar')] if weights == 'a checkpoint' else []
     seen = finetuned(
-        folder, monkeypatch, '--model', 'gunn18', '--img-size', '32', '--epochs', '1', '--batch-size', '16',
-        '--output', str(folder / 'weights.safetensors'), *['--checkpoint', str(folder / 'last.pth.tar')] * checkpoint)
+        folder, monkeypatch, '--model', name, '--img-size', '32', '--epochs', '1', '--batch-size', '16', '--output',
+        str(folder / 'weights.safetensors'), *checkpoint)
     scales = {}
     names = {id(p): name for name, p in seen['model'].named_parameters()}
     for group in seen['optimizer'].param_groups:
         scales.update({names[id(p)]: group.get('lr_scale', 1) for p in group['params']})
     assert scales.keys() == set(names.values())
-    if not checkpoint:
+    if not weights:
         assert set(scales.values()) == {1}
         return
     state = source.state_dict()
