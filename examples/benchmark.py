@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from timm_gunn import GunnLayer, fused
+from timm_gunn import GunnLayer, ops, ordered
 
 KINDS = 'composite', 'library', 'folded', 'products'
 MODELS = [
@@ -90,7 +90,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 # The fused operator as functions: no mode sees what is called beneath an operator.
-FUNCTIONS = {op._opoverload: op._init_fn for op in (fused.ordered_update, fused.ordered_update_backward)}
+FUNCTIONS = {op._opoverload: op._init_fn for op in (ops.ordered_update, ops.ordered_update_backward)}
 
 
 class Network:
@@ -100,7 +100,7 @@ class Network:
         name, _, kind = spec.partition(':')
         self.args, self.device, self.graphs = args, torch.device(args.device), graphs
         self.model = timm.create_model(name, **({'fused': False} if kind == 'composite' else {}))
-        fused.TRITON = kind != 'library'
+        ordered.TRITON = kind != 'library'
         if kind == 'folded':
             self.model = timm.utils.reparameterize_model(self.model)
         size = 2, 3, args.img_size, args.img_size
@@ -473,7 +473,7 @@ def counted(network: Network) -> Count:
     """Calls of a forward and backward pass; the network's own tensors become fake."""
     counter = Count()
     with FakeTensorMode(allow_non_fake_inputs=True), (
-            mock.patch('timm_gunn.triton_norm.launch', counter.launch) if fused._has_triton() else nullcontext()):
+            mock.patch('timm_gunn.triton_norm.launch', counter.launch) if ordered.has_triton() else nullcontext()):
         network.model.to_empty(device='cpu')
         network.x = torch.empty_like(network.x)
         with counter:

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_gunn.fused
+import timm_gunn.ops
+import timm_gunn.ordered
 from timm_gunn import Gunn, GunnLayer, unstack_model
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
@@ -51,15 +52,13 @@ def exact_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
 
-@pytest.fixture(params=['cpu', 'library', pytest.param('triton', marks=pytest.mark.skipif(
+@pytest.fixture(params=['library', pytest.param('triton', marks=pytest.mark.skipif(
     os.environ.get('TRITON_INTERPRET') != '1', reason="in the process of test_triton_norm.py"))])
 def norm_kernels(request, monkeypatch):
     """All implementations of the norms; those of CUDA devices run on the CPU too."""
-    if request.param == 'library':
-        monkeypatch.setattr(timm_gunn.fused, '_CpuNorm', timm_gunn.fused._Norm)
     if request.param == 'triton':
         from timm_gunn.triton_norm import TritonNorm
-        monkeypatch.setattr(timm_gunn.fused, '_CpuNorm', TritonNorm)
+        monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
 
 
 @pytest.mark.parametrize('seed', range(40))
@@ -72,8 +71,7 @@ def test_random_layers(seed, norm_kernels, monkeypatch):
     shape = (2, 22, 27) if seed % 4 == 0 else (rng.choice([1, 2, 3]), rng.choice([2, 3, 6]), rng.choice([1, 4, 5]))
     options = dict(
         shortcut=rng.random() < 0.4, residual=rng.random() < 0.7, dilation=rng.choice([1, 1, 2]))
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.fused, name, rng.randint(1, segments) * width)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', rng.randint(1, segments) * width)
     layer, ref = make_pair(size, **options)
     training = rng.random() < 0.7
     layer.train(training)
@@ -113,8 +111,7 @@ def test_gradcheck(residual):
     (True, 'blocks of one')])
 def test_opcheck(shortcut, kind, training, monkeypatch):
     if kind == 'blocks of one':
-        monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', 1)
-        monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 1)
+        monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
     layer = make_layer(6, 3, 2, shortcut=shortcut).train(training)
     if kind == 'folded':
         layer = timm.utils.reparameterize_model(layer)
@@ -127,19 +124,15 @@ def test_opcheck(shortcut, kind, training, monkeypatch):
     n = len(params) // 5
     kept = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]) if kind == 'drop path' else None
     args = x, params, kept, [1e-5] * n, 3, 1, True, torch.bfloat16 if 'bfloat16' in kind else torch.float32
-    torch.library.opcheck(timm_gunn.fused.ordered_update, (*args, True))
+    torch.library.opcheck(timm_gunn.ops.ordered_update, (*args, True))
     no_grad = x.detach(), [t.detach() for t in params], torch.ones(2, 3), *args[3:], False
-    torch.library.opcheck(timm_gunn.fused.ordered_update, no_grad)
+    torch.library.opcheck(timm_gunn.ops.ordered_update, no_grad)
 
-    y, stats, saved = timm_gunn.fused.ordered_update(*args, True)
-    batch_stats = [t.numel() > 0 for t in stats[::2]]
-    for k, batch in enumerate(batch_stats):
-        if batch:
-            params[5 * k + 3:5 * k + 5] = stats[2 * k:2 * k + 2]
+    y, stats, saved = timm_gunn.ops.ordered_update(*args, True)
     detach = lambda ts: [t.detach() for t in ts]  # noqa: E731
     needs = [True] + [k % 5 < 3 and t.numel() > 0 for k, t in enumerate(params)]
-    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(params), detach(saved)
-    torch.library.opcheck(timm_gunn.fused.ordered_update_backward, (*tensors, batch_stats, needs, *args[2:]))
+    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(saved), needs, detach(params), detach(stats)
+    torch.library.opcheck(timm_gunn.ops.ordered_update_backward, (*tensors, *args[2:]))
 
 
 LOW_PRECISION = {
@@ -164,8 +157,7 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
 
     There are enough values for the errors not to hang on a few that are rounded to the other side of a ReLU.
     """
-    monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', 12)
-    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 20)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 12)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
     layer(2 * torch.randn(8, 64, 8, 8))  # statistics that are near those of x, but others
@@ -180,9 +172,8 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
 def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
-    monkeypatch.setattr(timm_gunn.fused, '_CpuNorm', TritonNorm)
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.fused, name, 12)
+    monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 12)
     torch.manual_seed(0)
     layer = make_layer(16, 4, shortcut=True)
     x, w = torch.randn(2, 8, 16, 16, 16)  # float32: the rounded state is another matrix
@@ -197,7 +188,7 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
 @pytest.mark.parametrize('device', DEVICES)
 def test_inference_is_as_precise_as_the_composite(device, kind, block, monkeypatch):
     """Norms with given statistics become a part of the weights; means of several deviations are no harm."""
-    monkeypatch.setattr(timm_gunn.fused, 'FORWARD_BLOCK', block)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', block)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, shortcut=True, dilation=2)
     layer(5 + 2 * torch.randn(8, 64, 8, 8))
@@ -387,29 +378,22 @@ def backward_products(layer, x):
     params = [t for c in layer._conv_norms() for t in c.fused_params()]
     needs = [t.requires_grad for t in [x, *params]]
     config = None, [1e-5] * (len(params) // 5), layer.segments, 1, layer.residual, x.dtype
-    params = [t.detach() for t in params]
-    batch_stats = [t.numel() == 0 for t in params[3::5]]
-    x = x.detach()
-    op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
-    y, saved = op.forward(x, True)
-    for k, norm in enumerate(op.norms):
-        if norm.batch:
-            params[5 * k + 3:5 * k + 5] = norm.batch_statistics()
-    op = timm_gunn.fused._Layer(x, params, batch_stats, *config)
+    x, params = x.detach(), [t.detach() for t in params]
+    y, stats, saved = timm_gunn.ordered.OrderedLayer(x, params, [], *config).forward(x, True)
     with Products() as products:
-        op.backward(torch.ones_like(y), x, y, params, saved, needs)
+        timm_gunn.ordered.OrderedLayer(x, params, stats, *config).backward(torch.ones_like(y), x, y, saved, needs)
     return products.count
 
 
 def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
-    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 1)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
     layer = make_layer(32, 4)
     x = torch.randn(2, 32, 6, 6, requires_grad=True)
     conv1, conv2, conv3 = (72 * v for v in (32 * 64, 9 * 64 * 16, 64 * 8))
     # For the input and the weight of each convolution; and conv3 once more, for its output.
     assert backward_products(layer, x) == 2 * conv1 + 2 * conv2 + 3 * conv3
-    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs, and 4 more in blocks of one.
-    assert backward_products(layer, x.detach()) == (1 + 10 / 16) * conv1 + 2 * conv2 + 3 * conv3
+    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs.
+    assert backward_products(layer, x.detach()) == (1 + 6 / 16) * conv1 + 2 * conv2 + 3 * conv3
     for p in layer.parameters():
         p.requires_grad_(False)
     assert backward_products(layer, x) == conv1 + conv2 + 2 * conv3
@@ -418,7 +402,7 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
 @pytest.mark.parametrize('norm_trained', [True, False])
 def test_no_work_for_gradients_of_frozen_bottlenecks(norm_trained, norm_kernels, monkeypatch):
     """With fixed statistics, outputs of the last convolutions are wanted for the gradients of the norms' gammas."""
-    monkeypatch.setattr(timm_gunn.fused, 'BACKWARD_BLOCK', 1)
+    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
     layer = make_layer(32, 4, 2, 2).eval()
     for name, p in layer.named_parameters():
         p.requires_grad_(norm_trained and 'bn' in name)
@@ -586,7 +570,7 @@ def test_flop_counter_sees_the_operator():
     """torch's counter counts the operator as the modules of the composite, which the layer is under its hooks."""
     layer, x = make_layer(12, 3, shortcut=True), torch.randn(2, 12, 5, 5, requires_grad=True)
     counts = []
-    for run in (lambda: layer(x), lambda: timm_gunn.fused.ordered_update(*operands(layer, x))[0]):
+    for run in (lambda: layer(x), lambda: timm_gunn.ops.ordered_update(*operands(layer, x))[0]):
         with FlopCounterMode(display=False) as counter:
             run().sum().backward()
         counts.append(counter.get_total_flops())

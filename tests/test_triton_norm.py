@@ -55,18 +55,21 @@ def make(dtype, rows, channels, sliced=False):
 
 def make_norm(dtype, rows, channels, batch):
     """Two units' norms."""
+    from timm_gunn.ordered import Params
     from timm_gunn.triton_norm import TritonNorm
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     gamma, beta, mean, variance = (torch.rand(4, 2 * channels, dtype=stats) + 0.5).to(DEVICE).unbind()
     gamma[::3] *= -1
     empty = gamma.new_empty(0)
-    return TritonNorm(gamma, beta, *((empty, empty) if batch else (mean, variance)), EPS, batch, rows, 2, dtype)
+    params = Params(gamma, gamma, beta, *((empty, empty) if batch else (mean, variance)))
+    return TritonNorm(params, EPS, batch, rows, 2, dtype)
 
 
 def linear(norm, h):
     """Unit 1's norm of a float64 matrix in plain arithmetic, its factor and term, mean and variance."""
-    stats = (h.mean(0), h.var(0, correction=0)) if norm.batch else (norm.means[1].double(), norm.variances[1].double())
-    factor, term = (t[1].double().requires_grad_() for t in (norm.gammas, norm.betas))
+    factor, term, *stats = (t.double() for t in norm.vectors[1])
+    factor, term = factor.requires_grad_(), term.requires_grad_()
+    stats = (h.mean(0), h.var(0, correction=0)) if norm.batch else stats
     return (h - stats[0]) / (stats[1] + EPS).sqrt() * factor + term, factor, term, *stats
 
 
@@ -92,21 +95,22 @@ class TestTritonNorm:
         exact_h = h.double().requires_grad_()
         z, factor, term, mean, variance = linear(norm, exact_h)
         if batch:
-            assert_near(norm.means[1], mean, norm.stats_dtype)
-            assert_near(norm.variances[1], variance, norm.stats_dtype)
+            assert_near(norm.means[1], mean, norm.zeros.dtype)
+            assert_near(norm.variances[1], variance, norm.zeros.dtype)
 
-        a = (norm.activate if relu else norm.apply)(1, h, torch.full_like(grad, 9))
+        a = (norm.activate if relu else norm.apply)(1, h)
         assert_near(a, z.relu() if relu else z, dtype)
 
         # Where z is nearly 0, the activation decides.
         z.backward(grad.double() * (a > 0) if relu else grad.double())
         before = grad.clone()
-        grad_h = norm.backward(1, grad, h, torch.full_like(h, 9), a if relu else None)
+        out = torch.full_like(h, 9)
+        grad_h = norm.backward(1, grad, h, a if relu else None, out)
         assert_near(grad_h, exact_h.grad, dtype)
         assert torch.equal(grad, before)
         largest = (factor.grad.abs().max() + size[0]).item()
-        assert_near(norm.grad_gammas[1] / largest, factor.grad / largest, norm.stats_dtype)
-        assert_near(norm.grad_betas[1] / largest, term.grad / largest, norm.stats_dtype)
+        assert_near(norm.grad_gammas[0] / largest, factor.grad / largest, norm.zeros.dtype)
+        assert_near(norm.grad_betas[0] / largest, term.grad / largest, norm.zeros.dtype)
 
 
 @pytest.mark.parametrize('relu', [False, True], ids=['linear', 'relu'])
@@ -116,13 +120,13 @@ class TestTritonNormWithoutGradients:
     def test_frozen_norm_needs_no_sums(self, relu):
         h, grad = make(torch.float32, 130, 20), make(torch.float32, 130, 20)
         norm = make_norm(torch.float32, 130, 20, False)
-        norm.affine_wanted = False
+        norm.affine_needed = False
         exact_h = h.double().requires_grad_()
-        a = norm.activate(1, h, torch.empty_like(h)) if relu else None
+        a = norm.activate(1, h) if relu else None
         linear(norm, exact_h)[0].backward(grad.double() * (a > 0) if relu else grad.double())
-        grad_h = norm.backward(1, grad, h if relu else None, torch.empty_like(h), a)
+        grad_h = norm.backward(1, grad, h if relu else None, a)
         assert_near(grad_h, exact_h.grad, torch.float32)
-        assert norm.grad_gammas == norm.grad_betas == [None, None]
+        assert norm.grad_gammas == norm.grad_betas == []
 
 
 @pytest.mark.parametrize('dtypes', [
@@ -146,7 +150,7 @@ class TestTritonUpdate:
         expected_change = exact if add else exact - state.double()
         if add:
             exact = exact + segment.double()
-        norm.write(1, h, segment, other=(other, t) if two else None, add=add, state=state, change=change)
+        norm.update(1, h, (other, t) if two else None, None, add, segment, None if state is segment else state, change)
         assert_near(segment, exact, out_dtype)
         assert_near(state, exact, dtype)
         assert_near(change, expected_change, dtype)

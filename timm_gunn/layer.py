@@ -27,7 +27,7 @@ from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
-from .fused import ordered_update
+from .ops import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 

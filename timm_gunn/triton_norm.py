@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_gunn.fused import _Norm
+from .ordered import Norm, Params
 
 # Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
 PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
@@ -202,16 +202,18 @@ def _backward(
         tl.store(out + r * (out_step * ALIGN) + c[None, :], (g * scale).to(out.dtype.element_ty), ok)
 
 
-class TritonNorm(_Norm):
-    """_Norm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
+class TritonNorm(Norm):
+    """Norm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
 
-    takes_slices = True
-
-    def _start(self, width: int) -> None:
+    def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
+        super().__init__(params, eps, batch_stats, rows, segments, dtype)
+        width = len(params.weight) // segments
         self.lanes = triton.next_power_of_2(width)
-        stats = dict(dtype=self.stats_dtype, device=self.device)
-        self.partials = torch.empty(SUM[0], 2, width, **stats)
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.partials = self.zeros.new_empty(SUM[0], 2, width)
+        self.ticket = self.zeros.new_zeros(1, dtype=torch.int32)
+
+    def _fold(self, width: int, device: torch.device) -> int:
+        return 1
 
     def _blocks(self, shape: Tuple[int, int, int], *matrices: torch.Tensor) -> Tuple[int, int, int, dict]:
         """Programs and warps; what divides channels and row steps, so that loads are wide; shape of a block."""
@@ -221,24 +223,38 @@ class TritonNorm(_Norm):
         return (min(programs, -(-self.rows // rows)), warps, align,
                 dict(ALIGN=align, ROWS=rows, CHANNELS=self.lanes))
 
-    def _vectors(self, i: int) -> Tuple[torch.Tensor, ...]:
-        return self.gammas[i], self.betas[i], self.means[i], self.variances[i]
-
-    def measure(self, h: torch.Tensor) -> None:
+    def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         programs, warps, align, blocks = self._blocks(SUM, h)
-        mean, variance = h.new_empty(2, h.shape[1], dtype=self.stats_dtype).unbind()
+        mean, variance = self.zeros.new_empty(2, h.shape[1]).unbind()
         launch(_statistics, programs, warps, h, h.stride(0) // align, self.partials, self.ticket, mean, variance,
                self.rows, h.shape[1] // align, COUNT=max(1, 8192 // self.lanes), **blocks)
-        self.means.append(mean)
-        self.variances.append(variance)
+        return mean, variance
 
-    def activate(self, i: int, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return self.write(i, h, out, relu=True) if self.exists else super().activate(i, h, out)
+    def apply(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        return self._write(i, h, h.new_empty(h.shape)) if self.exists else h
 
-    def apply(self, i: int, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return self.write(i, h, out) if self.exists else h
+    def activate(self, i: int, h: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        if not self.exists:
+            return super().activate(i, h, in_place)
+        return self._write(i, h, h if in_place else h.new_empty(h.shape), relu=True)
 
-    def write(
+    def update(
+            self,
+            i: int,
+            h: torch.Tensor,
+            other: 'Optional[Tuple[TritonNorm, torch.Tensor]]',
+            kept: Optional[torch.Tensor],
+            add: bool,
+            out: torch.Tensor,
+            state: Optional[torch.Tensor],
+            change: Optional[torch.Tensor],
+    ) -> None:
+        if kept is None and all(norm.exists for norm in (self, other[0] if other else self)):
+            self._write(i, h, out, False, other, add, state, change)
+        else:
+            super().update(i, h, other, kept, add, out, state, change)
+
+    def _write(
             self,
             i: int,
             h: torch.Tensor,
@@ -249,18 +265,11 @@ class TritonNorm(_Norm):
             state: Optional[torch.Tensor] = None,
             change: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Write the normalised h to `out`, or add it.
-
-        Args:
-            other: Norm and matrix of a second term.
-            state: Where else to write the sum; what it held before is subtracted from the change, unless `add`.
-            change: Takes what was added, or the difference to the state.
-        """
         norm, t = other or (self, h)
         state, change_to = out if state is None else state, out if change is None else change
         programs, warps, align, blocks = self._blocks(PASS, h, t, out, state, change_to)
-        launch(_forward, programs, warps, h, h.stride(0) // align, *self._vectors(i), t, t.stride(0) // align,
-               *norm._vectors(i), out, out.stride(0) // align, state, state.stride(0) // align, change_to,
+        launch(_forward, programs, warps, h, h.stride(0) // align, *self.vectors[i], t, t.stride(0) // align,
+               *norm.vectors[i], out, out.stride(0) // align, state, state.stride(0) // align, change_to,
                change_to.stride(0) // align, self.rows, h.shape[1] // align, EPS=self.eps, OTHER_EPS=norm.eps,
                RELU=relu, OTHER=other is not None, ADD=add, STATE=state is not out, CHANGE=change is not None, **blocks)
         return out
@@ -270,22 +279,24 @@ class TritonNorm(_Norm):
             i: int,
             grad: torch.Tensor,
             h: Optional[torch.Tensor],
-            out: torch.Tensor,
             a: Optional[torch.Tensor] = None,
+            out: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         if not self.exists:
-            return super().backward(i, grad.to(self.dtype), h, out, a)
+            return super().backward(i, grad, h, a, out)
         h, relu = grad if h is None else h, a is not None
+        out = h.new_empty(h.shape, dtype=self.dtype) if out is None else out
         matrices, channels = (grad, h, out), h.shape[1]
-        grad_gamma, grad_beta = h.new_empty(2, channels, dtype=self.stats_dtype).unbind()
-        if self.input_wanted:
+        grad_gamma, grad_beta = self.zeros.new_empty(2, channels).unbind()
+        if self.reads_input:
             programs, warps, align, blocks = self._blocks(SUM, *matrices)
             launch(_gradient_sums, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align,
-                   *self._vectors(i), self.partials, self.ticket, grad_gamma, grad_beta, self.rows, channels // align,
+                   *self.vectors[i], self.partials, self.ticket, grad_gamma, grad_beta, self.rows, channels // align,
                    EPS=self.eps, RELU=relu, COUNT=max(1, 8192 // self.lanes), **blocks)
-            self.grad_gammas[i], self.grad_betas[i] = grad_gamma, grad_beta
+            self.grad_gammas.append(grad_gamma)
+            self.grad_betas.append(grad_beta)
         programs, warps, align, blocks = self._blocks(PASS, *matrices)
-        launch(_backward, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align, *self._vectors(i),
+        launch(_backward, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align, *self.vectors[i],
                grad_gamma, grad_beta, out, out.stride(0) // align, self.rows, channels // align, EPS=self.eps,
                RELU=relu, BATCH=self.batch, **blocks)
         return out

@@ -1,0 +1,137 @@
+"""`ordered_update`, the ordered GUNN layer as an operator of PyTorch: registration, autograd and FLOPs of ordered.py.
+
+`GunnLayer` chooses between it and the composite of its modules, which is the reference.
+"""
+import math
+from typing import List, Optional, Tuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .ordered import OrderedLayer, memory_format, stats_dtype, unflatten
+
+__all__ = ['ordered_update']
+
+
+@torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
+def ordered_update(
+        x: torch.Tensor,
+        params: List[torch.Tensor],
+        kept: Optional[torch.Tensor],
+        eps: List[float],
+        segments: int,
+        dilation: int,
+        residual: bool,
+        dtype: torch.dtype,
+        keep: bool,
+) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
+    """Update a state (B, N, H, W) segment by segment: Eq. 4 and 5.
+
+    For the arguments see `OrderedLayer`; `keep` asks for what the backward pass needs.
+
+    Returns:
+        The updated state, in shape, dtype and memory format of x. Mean and biased variance of the batch for every norm
+        that takes them, else empty. The matrices kept for the backward pass, unit by unit.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        layer = OrderedLayer(x, params, [], kept, eps, segments, dilation, residual, dtype, fold=not keep)
+        return layer.forward(x, keep)
+
+
+@ordered_update.register_fake
+def fake_update(x, params, kept, eps, segments, dilation, residual, dtype, keep):
+    convs = unflatten(params)
+    stats = [
+        x.new_empty(len(p.weight) if p.takes_batch_stats else 0, dtype=stats_dtype(dtype))
+        for p in convs for _ in range(2)]
+    depth, rows = len(convs) // 3, x.shape[0] * x.shape[2] * x.shape[3]
+    kept_convs = [p for k, p in enumerate(convs) if k % 3 < 2 or k == 3 * depth]
+    saved = [
+        x.new_empty(rows, len(p.weight) // segments, dtype=dtype)
+        for _ in range(segments) for p in kept_convs] if keep else []
+    return torch.empty_like(x, memory_format=memory_format(x)), stats, saved
+
+
+@torch.library.custom_op('timm_gunn::ordered_update_backward', mutates_args=())
+def ordered_update_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        saved: List[torch.Tensor],
+        needs: List[bool],
+        params: List[torch.Tensor],
+        stats: List[torch.Tensor],
+        kept: Optional[torch.Tensor],
+        eps: List[float],
+        segments: int,
+        dilation: int,
+        residual: bool,
+        dtype: torch.dtype,
+) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+    """Gradients of x and of weight, gamma and beta of every convolution: Algorithm 1 and Eq. 6.
+
+    `needs` has an entry for x and one for each entry of `params`; a gradient that is not needed is empty.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        layer = OrderedLayer(x, params, stats, kept, eps, segments, dilation, residual, dtype)
+        return layer.backward(grad, x, y, saved, needs)
+
+
+@ordered_update_backward.register_fake
+def fake_update_backward(grad, x, y, saved, needs, params, *_):
+    grad_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
+    return grad_x, [
+        torch.empty_like(t) if need else t.new_empty(0)
+        for k, (t, need) in enumerate(zip(params, needs[1:], strict=True)) if k % 5 < 3]
+
+
+def _setup_context(ctx, inputs, output):
+    x, params, kept, *config, keep = inputs
+    y, stats, saved = output
+    if not keep:
+        raise RuntimeError('timm_gunn::ordered_update: an input requires a gradient, expected keep=True.')
+    ctx.set_materialize_grads(False)  # no zeros in the size of the saved tensors
+    # A later step in training mode may update given statistics before the backward pass of this one.
+    params = [t.clone() if k % 5 > 2 else t for k, t in enumerate(params)]
+    tensors = x, y, *params, *stats, *saved, *([] if kept is None else [kept])  # no None, for torchviz
+    ctx.config, ctx.num_params, ctx.num_stats, ctx.has_kept = config, len(params), len(stats), kept is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad, *_):
+    rest = [None] * 7
+    if grad is None:
+        return (None, [None] * ctx.num_params, *rest)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            'GunnLayer: the fused layer has no second derivative, and create_graph=True asks for one; '
+            'set fused=False on the layer.')
+    x, y, *tensors = ctx.saved_tensors
+    kept = tensors.pop() if ctx.has_kept else None
+    params, tensors = tensors[:ctx.num_params], tensors[ctx.num_params:]
+    stats, saved = tensors[:ctx.num_stats], tensors[ctx.num_stats:]
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    grad_x, grads = ordered_update_backward(grad, x, y, saved, needs, params, stats, kept, *ctx.config)
+    it = iter(grads)
+    grads = [next(it) if k % 5 < 3 else None for k in range(ctx.num_params)]
+    return (
+        grad_x if needs[0] else None,
+        [g if need else None for g, need in zip(grads, needs[1:], strict=True)],
+        *rest)
+
+
+ordered_update.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.timm_gunn.ordered_update)
+def _flops(x_shape, params_shapes, *_, **__) -> int:
+    batch, _, height, width = x_shape
+    return 2 * batch * height * width * sum(math.prod(shape) for shape in params_shapes[::5])
+
+
+@register_flop_formula(torch.ops.timm_gunn.ordered_update_backward)
+def _backward_flops(grad_shape, x_shape, y_shape, saved_shapes, needs, params_shapes, *_, **__) -> int:
+    """FLOPs of the gradients, without what is computed again: the same as of the composite."""
+    batch, _, height, width = x_shape
+    return 2 * batch * height * width * sum(
+        math.prod(shape) * (1 + needs[1 + 5 * k]) for k, shape in enumerate(params_shapes[::5]))

@@ -1,0 +1,527 @@
+"""The ordered GUNN layer on one state that the units update in place, forward and backward.
+
+The state is a matrix of B * H * W rows and N columns, so that nothing is concatenated. For one bottleneck per unit:
+
+    state = x                                      G = dL/dy                                      (Algorithm 1)
+    for i in 1 ... P:                              for i in P ... 1:
+        h1 = state W1_i                                a1, a2, h3 again, from h1 and h2
+        h2 = conv3x3(a1 = relu(norm(h1)), W2_i)        d3 = norm'(G_i)
+        h3 = (a2 = relu(norm(h2))) W3_i                d2 = norm'(relu'(d3 W3_i^T))
+        state_i += norm(h3)                            d1 = norm'(relu'(conv3x3'(d2, W2_i)))
+    y = state                                          G += d1 W1_i^T
+                                                   dL/dx = G
+
+No state between x and y is kept. W1_i's gradient needs none: its columns before segment i have only ever met y, the
+others only x.
+
+| name | shape | |
+|---|---|---|
+| h1, h2 | rows, hidden | outputs of the first two convolutions, and the projection's: kept for the backward pass |
+| h3, received | rows, o | output of the third, o = N / P; gradient of the unit's update |
+| a, d | as h | activation relu(norm(h)); gradient of h |
+| change | rows, columns of a block | y_j - x_j for the block's segments so far |
+| sent | rows, hidden of a block | d of a convolution that reads the state: conv1 or the projection |
+
+Neighbouring segments form blocks that share products: the narrower a segment, the more often all N columns would be
+read for a product with few. Forward, a block's units read the state before it in one product, and each adds what
+`change` contributes. Backward, what they send to one another's columns is passed on unit by unit, all else in one
+product. The weights' gradients are two products, as if the block had met nothing but y, and nothing but x.
+"""
+import functools
+import importlib.util
+from typing import List, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import fuse_conv_bn_weights
+
+aten = torch.ops.aten
+
+BLOCK, CUDA_BLOCK = 64, 160  # columns of the segments in a block, if these are more than one
+TRITON = True  # Triton kernels for norms on CUDA devices
+
+
+class Params(NamedTuple):
+    """Parameters of a convolution and its norm, stacked over the units.
+
+    Mean and variance are empty where the norm takes those of the batch. Gamma is empty where there is no norm; then
+    beta is the bias of the convolution, or empty too.
+    """
+
+    weight: torch.Tensor
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    @property
+    def takes_batch_stats(self) -> bool:
+        return self.gamma.numel() > 0 and self.mean.numel() == 0
+
+
+def unflatten(params: List[torch.Tensor]) -> List[Params]:
+    """Of the three convolutions of each bottleneck, and last of the projection, if there is one."""
+    return [Params(*params[i:i + 5]) for i in range(0, len(params), 5)]
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics, and of what is computed with them."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+class OrderedLayer:
+    """A layer's parameters taken apart by unit, and what the units compute.
+
+    Args:
+        x: State (B, N, H, W), of dtype `dtype` or float32.
+        params: See `unflatten`, in any floating dtype.
+        stats: In the backward pass, mean and variance that norms took of the batch; empty for others.
+        kept: Factor of each sample's and segment's update (stochastic depth), (B, P), or None.
+        eps: What each norm adds to the variance.
+        segments: Number of segments P.
+        dilation: Dilation of the 3x3 convolutions.
+        residual: Add x_i to the update of segment i.
+        dtype: Dtype to compute in; norms compute in float32 where it is one of 16 bits.
+        fold: Make norms with given statistics a part of the weights: no backward pass follows.
+    """
+
+    def __init__(
+            self,
+            x: torch.Tensor,
+            params: List[torch.Tensor],
+            stats: List[torch.Tensor],
+            kept: Optional[torch.Tensor],
+            eps: List[float],
+            segments: int,
+            dilation: int,
+            residual: bool,
+            dtype: torch.dtype,
+            fold: bool = False,
+    ):
+        batch, channels, height, width = x.shape
+        self.map_shape, self.rows = (batch, height, width), batch * height * width
+        self.segments, self.width = segments, channels // segments
+        self.dilation, self.residual, self.dtype = dilation, residual, dtype
+        self.kept = None if kept is None else kept.to(stats_dtype(dtype)).view(batch, 1, segments)
+        self.convs = []
+        for i, (p, e) in enumerate(zip(unflatten(params), eps, strict=True)):
+            batch_stats = p.takes_batch_stats
+            if batch_stats and stats:
+                p = p._replace(mean=stats[2 * i], variance=stats[2 * i + 1])
+            # On a CPU, small maps are sooner scaled than large weights.
+            elif fold and p.mean.numel() and (x.is_cuda or p.weight[0].numel() <= self.rows):
+                p = _folded(p, e, stats_dtype(dtype))
+            self.convs.append(Conv(p, e, batch_stats, self.rows, segments, dtype))
+        depth = len(eps) // 3
+        self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
+        self.readers = [self.convs[0], *self.convs[3 * depth:]]
+        size = min(segments, max(1, (CUDA_BLOCK if x.is_cuda else BLOCK) // self.width))
+        self.blocks = [(start, min(start + size, segments)) for start in range(0, segments, size)]
+
+    def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
+        """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, h of each unit."""
+        y = _clone(x)
+        out = _matrix(y)
+        state = out if x.dtype == self.dtype else out.to(self.dtype)  # what is read is rounded, the residual is not
+        saved: List[torch.Tensor] = []
+        for start, stop in self.blocks:
+            shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
+            change = state.new_empty(self.rows, (stop - start - 1) * self.width)
+            for i in range(start, stop):
+                before, own = self._columns(start, i), self._columns(i, i + 1)
+                seen = change[:, self._columns(0, i - start)]
+                reads = [
+                    h[i - start].contiguous() if i == start
+                    else torch.addmm(h[i - start], seen, conv.weights[i][:, before].t())
+                    for conv, h in zip(self.readers, shared, strict=True)]
+                (norm, h), *other = self._unit(i, reads, saved if keep else None)
+                norm.update(
+                    i, h, other[0] if other else None, None if self.kept is None else self.kept[:, :, i:i + 1],
+                    self.residual, out[:, own], None if state is out else state[:, own],
+                    change[:, self._columns(i - start, i - start + 1)] if i + 1 < stop else None)
+        stats = [t for conv in self.convs for t in conv.norm.batch_statistics()]
+        return y.contiguous(memory_format=memory_format(x)), stats, saved
+
+    def _columns(self, start: int, stop: int) -> slice:
+        """Columns of segments [start, stop) in the state."""
+        return slice(start * self.width, stop * self.width)
+
+    def _read(self, conv: 'Conv', state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Outputs of a convolution of units [start, stop) on one and the same state."""
+        rows = conv.rows(start, stop)
+        weight, bias = conv.weight[rows], None if conv.bias is None else conv.bias[rows]
+        if state.is_cuda or self.rows < 1024:
+            return _linear(state, weight, bias)
+        return self._conv2d(state, weight[:, :, None, None], bias)
+
+    def _conv2d(
+            self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], dilation: int = 1,
+    ) -> torch.Tensor:
+        padding = dilation * (weight.shape[2] // 2)
+        return _matrix(F.conv2d(_map(x, self.map_shape), weight, bias, padding=padding, dilation=dilation))
+
+    def _unit(
+            self, i: int, reads: List[torch.Tensor], saved: Optional[List[torch.Tensor]],
+    ) -> 'List[Tuple[Norm, torch.Tensor]]':
+        """Last norms of unit i, with what they are applied to, from the outputs of the readers."""
+        keep, norm, h = saved is not None, None, reads[0]
+        for conv1, conv2, conv3 in self.bottlenecks:
+            if norm is not None:
+                h = conv1.unit(i, norm.apply(i, h))
+            h1 = conv1.norm.measure(h)
+            a = conv1.norm.activate(i, h1, in_place=not keep)
+            h2 = conv2.norm.measure(self._conv2d(a, conv2.weights[i], conv2.biases[i], self.dilation))
+            if keep:
+                saved += [h1, h2]
+            norm, a = conv3.norm, conv2.norm.activate(i, h2, in_place=not keep)
+            h = norm.measure(conv3.unit(i, a))
+        for proj, p in zip(self.readers[1:], reads[1:], strict=True):
+            proj.norm.measure(p)
+            if keep:
+                saved.append(p)
+        return [(norm, h), *((proj.norm, p) for proj, p in zip(self.readers[1:], reads[1:], strict=True))]
+
+    def backward(
+            self,
+            grad: torch.Tensor,
+            x: torch.Tensor,
+            y: torch.Tensor,
+            saved: List[torch.Tensor],
+            needs: List[bool],
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Algorithm 1: gradients of x, and of weight, gamma and beta of every convolution; empty if not needed."""
+        g_map = _clone(grad)
+        g = _matrix(g_map)
+        x_needed, *needs = needs
+        xs, ys = (_matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
+        for i, conv in enumerate(self.convs):
+            conv.needs = needs[5 * i:5 * i + 3]
+            conv.norm.affine_needed = any(conv.needs[1:])
+
+        unit = torch.arange(self.segments, device=x.device)
+        earlier = (unit < unit[:, None])[:, None, :, None]  # segments before a unit's own
+        in_block = (unit >= (unit - unit % self.blocks[0][1])[:, None])[:, None, :, None]
+        unsent = [torch.where(earlier & in_block, 0, self._quads(conv.weight)).view_as(conv.weight)
+                  for conv in self.readers]
+        by_x_and_y = {}  # gradients of weights as if all units had met x, and y
+        for conv in self.readers:
+            if conv.needs[0]:
+                conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype)
+                by_x_and_y[conv] = conv.grad.view_as(conv.weight), torch.empty_like(conv.weight)
+        count = len(saved) // self.segments
+        for start, stop in reversed(self.blocks):
+            sent = [g.new_empty(self.rows, conv.width * (stop - start), dtype=self.dtype) for conv in self.readers]
+            for i in reversed(range(start, stop)):
+                before, own = self._columns(start, i), self._columns(i, i + 1)
+                outs = [t.chunk(stop - start, 1)[i - start] for t in sent]
+                d = self._unit_backward(i, g[:, own], saved[i * count:(i + 1) * count], outs)
+                if not self.residual:
+                    g[:, own].zero_()
+                if i > start:
+                    for conv, d_k in zip(self.readers, d, strict=True):
+                        _accumulate(g[:, before], d_k, conv.weights[i][:, before])
+            columns = slice(None) if x_needed else self._columns(0, start)
+            met_y, met_x = self._columns(0, stop - 1), self._columns(start, self.segments)
+            for conv, d, w in zip(self.readers, sent, unsent, strict=True):
+                rows = conv.rows(start, stop)
+                _accumulate(g[:, columns], d, w[rows, columns])
+                if conv in by_x_and_y:
+                    by_x, by_y = by_x_and_y[conv]
+                    torch.mm(d.t(), xs[:, met_x], out=by_x[rows, met_x])
+                    torch.mm(d.t(), ys[:, met_y], out=by_y[rows, met_y])
+        for by_x, by_y in by_x_and_y.values():
+            torch.where(earlier, self._quads(by_y), self._quads(by_x), out=self._quads(by_x))
+        grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
+        return grad_x, [t for conv in self.convs for t in conv.gradients()]
+
+    def _quads(self, weight: torch.Tensor) -> torch.Tensor:
+        """View a weight as (units, rows of a unit, segments, columns of a segment)."""
+        return weight.view(self.segments, -1, self.segments, self.width)
+
+    def _unit_backward(
+            self, i: int, received: torch.Tensor, saved: List[torch.Tensor], outs: List[torch.Tensor],
+    ) -> List[torch.Tensor]:
+        """Gradients of what unit i's readers made of the state, written to `outs`, from that of its update."""
+        if self.kept is not None:
+            scaled = received.reshape(len(self.kept), -1, self.width) * self.kept[:, :, i:i + 1]
+            received = scaled.view(-1, self.width)
+        sent = [
+            proj.norm.backward(i, received, h, out=out)
+            for proj, h, out in zip(self.readers[1:], saved[-1:], outs[1:], strict=False)]
+        for j, (conv1, conv2, conv3) in reversed(list(enumerate(self.bottlenecks))):
+            h1, h2 = saved[2 * j:2 * j + 2]
+            a = conv2.norm.activate(i, h2)
+            d = conv3.norm.backward(i, received, conv3.unit(i, a) if conv3.norm.reads_input else None)
+            conv3.add_gradient(d, a)
+            d = conv2.norm.backward(i, d @ conv3.weights[i], h2, a)
+            a = conv1.norm.activate(i, h1)
+            d = self._conv3x3_backward(i, conv2, d, a)
+            d = conv1.norm.backward(i, d, h1, a, out=None if j else outs[0])
+            if j > 0:  # the input is the output of the bottleneck before
+                _, conv2, conv3 = self.bottlenecks[j - 1]
+                if conv1.needs[0]:
+                    h = conv3.unit(i, conv2.norm.activate(i, saved[2 * j - 1]))
+                    conv1.add_gradient(d, conv3.norm.apply(i, h))
+                received = d @ conv1.weights[i]
+        return [d, *sent]
+
+    def _conv3x3_backward(self, i: int, conv: 'Conv', grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        grad, x, weight = _map(grad, self.map_shape), _map(x, self.map_shape), conv.weights[i]
+        if self.dilation > 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
+            # In channels-last memory, torch 2.15 gives NaN as the gradient of some such weights.
+            grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+        dilation = [self.dilation] * 2
+        grad_x, grad_weight, _ = aten.convolution_backward(
+            grad, x, weight, None, [1, 1], dilation, dilation, False, [0, 0], 1, [True, conv.needs[0], False])
+        conv.grads.append(grad_weight)
+        return _matrix(grad_x.contiguous(memory_format=torch.channels_last))
+
+
+class Conv:
+    """A convolution of all units and its norm, in the dtype to compute in; those of one pixel as matrices."""
+
+    def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
+        self.params = params
+        weight = params.weight.to(dtype)
+        self.weight = weight.flatten(1) if weight.shape[2] == 1 else weight
+        self.weights = self.weight.chunk(segments)
+        self.width = len(weight) // segments
+        self.norm = norm_class(weight)(params, eps, batch_stats, rows, segments, dtype)
+        self.bias = params.beta.to(dtype) if params.beta.numel() and not self.norm.exists else None
+        self.biases = [None] * segments if self.bias is None else self.bias.chunk(segments)
+        self.needs = [True] * 3
+        self.grad: Optional[torch.Tensor] = None  # of the whole weight, or
+        self.grads: List[torch.Tensor] = []  # of the units' weights, from the last to the first
+
+    def rows(self, start: int, stop: int) -> slice:
+        """Rows of units [start, stop) in the weight."""
+        return slice(start * self.width, stop * self.width)
+
+    def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Output of unit i."""
+        return _linear(x, self.weights[i], self.biases[i])
+
+    def add_gradient(self, d: torch.Tensor, x: torch.Tensor) -> None:
+        """Keep the gradient of the next unit's weight, d^T x."""
+        if self.needs[0]:
+            self.grads.append(d.t() @ x)
+
+    def gradients(self) -> List[torch.Tensor]:
+        """Of weight, gamma and beta, in their dtypes and strides; empty if not needed."""
+        values = self.grads if self.grad is None else self.grad, self.norm.grad_gammas, self.norm.grad_betas
+        return [
+            _stacked(value, param) if need else param.new_empty(0)
+            for value, param, need in zip(values, self.params[:3], self.needs, strict=True)]
+
+
+class Norm:
+    """The norm behind a convolution of P units, or none, by PyTorch's kernels, on (rows, width) matrices of one unit.
+
+    CPU kernels are slow on channels that do not fill their vectors. On 25,088 x 20 float32 numbers,
+    native_batch_norm_backward takes 15 times as long as on the same numbers seen as 6,272 x 80. So several rows are
+    taken as one wide row, and results of reductions are merged.
+    """
+
+    def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
+        self.exists, self.batch = params.gamma.numel() > 0, batch_stats
+        self.rows, self.eps, self.dtype = rows, eps, dtype
+        self.affine_needed = True
+        self.means: List[torch.Tensor] = []  # of the batch
+        self.variances: List[torch.Tensor] = []
+        self.grad_gammas: List[torch.Tensor] = []  # from the last unit to the first
+        self.grad_betas: List[torch.Tensor] = []
+        self.zeros = params.gamma.new_zeros(0, dtype=stats_dtype(dtype))
+        if self.exists:
+            self.fold = self._fold(len(params.gamma) // segments, params.gamma.device)
+            known = [t.to(stats_dtype(dtype)).view(segments, -1) for t in params[1:] if t.numel()]
+            # gamma, beta, mean and variance of each unit; the last two are still to come where they are the batch's
+            self.vectors = list(zip(*[self._repeat(t).unbind() for t in known], strict=True))
+
+    def _fold(self, width: int, device: torch.device) -> int:
+        lanes, fold = 64 // self.dtype.itemsize, 1
+        if device.type == 'cpu' and self.rows * width >= 2 ** 13:
+            while fold * width % lanes and fold < lanes and self.rows % (2 * fold) == 0:
+                fold *= 2
+        return fold
+
+    def _wide(self, h: torch.Tensor) -> torch.Tensor:
+        return h if self.fold == 1 else h.view(self.rows // self.fold, -1)
+
+    def _repeat(self, t: torch.Tensor) -> torch.Tensor:
+        """Repeat (channels,), or (P, channels), for the channels of wide rows."""
+        return t if self.fold == 1 else torch.cat([t] * self.fold, -1)
+
+    def measure(self, h: torch.Tensor) -> torch.Tensor:
+        """Take the statistics of the batch for the next unit, if they are wanted; returns h."""
+        if self.batch:
+            mean, variance = self._statistics(h)
+            self.vectors[len(self.means)] += self._repeat(mean), self._repeat(variance)
+            self.means.append(mean)
+            self.variances.append(variance)
+        return h
+
+    def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        h = self._wide(h)
+        # Given running statistics of float32, the kernel returns float32 for an h of 16 bits too.
+        running = h.new_zeros(2, h.shape[1], dtype=stats_dtype(self.dtype))
+        mean, variance = aten.batch_norm_update_stats(h, *running.unbind(), 0.0)
+        if self.fold > 1:
+            within = variance.view(self.fold, -1).sum(0)
+            between, mean = torch.var_mean(mean.view(self.fold, -1), 0, correction=0)
+            variance = torch.add(between, within, alpha=1 / self.fold)
+        return mean, variance
+
+    def batch_statistics(self) -> List[torch.Tensor]:
+        """Mean and biased variance of the batch, of all units; empty if they were not taken."""
+        return [torch.cat(self.means), torch.cat(self.variances)] if self.batch else [self.zeros, self.zeros.clone()]
+
+    def apply(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        """Normalise; h itself without a norm."""
+        if not self.exists:
+            return h
+        return aten.native_batch_norm(self._wide(h), *self.vectors[i], False, 0.0, self.eps)[0].view_as(h)
+
+    def activate(self, i: int, h: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """ReLU of apply(); `in_place` allows to overwrite h."""
+        a = self.apply(i, h)
+        return a.relu() if a is h and not in_place else a.relu_()
+
+    def update(
+            self,
+            i: int,
+            h: torch.Tensor,
+            other: 'Optional[Tuple[Norm, torch.Tensor]]',
+            kept: Optional[torch.Tensor],
+            add: bool,
+            out: torch.Tensor,
+            state: Optional[torch.Tensor],
+            change: Optional[torch.Tensor],
+    ) -> None:
+        """Write the normalised h to `out`, or add it.
+
+        Args:
+            other: Norm and matrix of a second term.
+            kept: Factor of each sample's update, (B, 1, 1).
+            state: Where else to write the sum.
+            change: Takes what was added, or the difference to what was there.
+        """
+        update = self.apply(i, h)
+        if other is not None:
+            norm, t = other
+            update.add_(norm.apply(i, t))
+        if kept is not None:
+            update.view(len(kept), -1, update.shape[1]).mul_(kept)
+        if change is not None:
+            torch.sub(update, 0 if add else out if state is None else state, out=change)
+        if add:
+            out.add_(update)
+        else:
+            out.copy_(update)
+        if state is not None:
+            state.copy_(out)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether backward() reads h."""
+        return self.exists and (self.batch or self.affine_needed)
+
+    def backward(
+            self,
+            i: int,
+            grad: torch.Tensor,
+            h: Optional[torch.Tensor],
+            a: Optional[torch.Tensor] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Gradient of h from that of apply(i, h), or of a = activate(i, h), which it may overwrite then.
+
+        Keeps the gradients of gamma and beta, if they are needed. Writes to `out`, too, if that is given.
+        """
+        grad = grad.to(self.dtype).contiguous()
+        if a is not None:
+            aten.threshold_backward.grad_input(grad, a, 0, grad_input=grad)
+        if self.exists:
+            grad = self._backward(i, self._wide(grad), None if h is None else self._wide(h)).view_as(grad)
+        elif self.affine_needed:
+            self.grad_betas.append(grad.sum(0))
+        return grad if out is None else out.copy_(grad)
+
+    def _backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
+        gamma, _, mean, variance = self.vectors[i]
+        inv_std = (variance + self.eps).rsqrt_()
+        scale = gamma * inv_std
+        if not self.reads_input:
+            return (grad * scale).to(self.dtype)
+        _, *sums = aten.native_batch_norm_backward(
+            grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
+        grad_gamma, grad_beta = sums if self.fold == 1 else (t.view(self.fold, -1).sum(0) for t in sums)
+        self.grad_gammas.append(grad_gamma)
+        self.grad_betas.append(grad_beta)
+        if not self.batch:
+            return (grad * scale).to(self.dtype)
+        # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h
+        by_h = (scale * inv_std).mul_(self._repeat(grad_gamma)).div_(-self.rows)
+        constant = (scale / -self.rows).mul_(self._repeat(grad_beta)).addcmul_(by_h, mean, value=-1)
+        return torch.addcmul(constant, h, by_h).addcmul_(grad, scale).to(self.dtype)
+
+
+def norm_class(weight: torch.Tensor) -> type:
+    """By Triton kernels on CUDA devices, where Triton is installed."""
+    if weight.is_cuda and TRITON and has_triton():
+        from .triton_norm import TritonNorm
+        return TritonNorm
+    return Norm
+
+
+@functools.lru_cache(None)
+def has_triton() -> bool:
+    return importlib.util.find_spec('triton') is not None
+
+
+def _folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
+    """A convolution with a bias that does what it and its norm do."""
+    none = p.gamma.new_empty(0)
+    weight, gamma, beta, mean, variance = (t.to(dtype) for t in p)
+    weight, bias = fuse_conv_bn_weights(weight, None, mean, variance, eps, gamma, beta)
+    return Params(weight, none, bias, none, none)
+
+
+def _stacked(value: Union[torch.Tensor, List[torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """Gradients of the units, from the last to the first, in dtype and strides of a parameter."""
+    if isinstance(value, list):
+        whole = torch.empty_like(like, dtype=value[0].dtype)
+        torch.cat(value[::-1], out=whole.view(len(like), *value[0].shape[1:]))
+        value = whole
+    return value.to(like.dtype)
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _clone(x: torch.Tensor) -> torch.Tensor:
+    """Copy a map to channels-last memory."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """View a channels-last map (B, C, H, W) as a matrix (B * H * W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _map(x: torch.Tensor, shape: Tuple[int, int, int]) -> torch.Tensor:
+    """View a matrix (B * H * W, C) as a channels-last map (B, C, H, W)."""
+    return x.view(*shape, -1).permute(0, 3, 1, 2)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add d W to g, in place."""
+    if g.dtype == d.dtype:
+        g.addmm_(d, weight)
+    else:
+        g += d @ weight
