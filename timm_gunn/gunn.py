@@ -24,7 +24,8 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .layer import ConvNorm, GunnLayer, fold_norm, reset_norm
+from .layer import ConvNorm, GunnLayer
+from .norms import fold_norm, reset_norm
 
 __all__ = ['Gunn']
 

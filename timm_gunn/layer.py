@@ -10,7 +10,7 @@ says so: the parameters of the P units are stacked into the modules of a grouped
 runs as they are and GUNN runs one slice at a time. Both have the same state dict.
 
 `GunnLayer._forward_ordered` is the order as it is written above, and the reference. Where it can, the layer runs the
-operator of fused.py instead, which computes the same from the same parameters in less time and memory.
+operator of ops.py instead, which computes the same from the same parameters in less time and memory.
 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
@@ -24,14 +24,14 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import fuse_conv_bn_weights
 
+from . import norms
 from .ops import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
 _logger = logging.getLogger(__name__)
+_DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 class GunnLayer(nn.Module):
@@ -109,7 +109,6 @@ class GunnLayer(nn.Module):
         self.has_drop_path = drop_path > 0
         self.reset_parameters()
 
-    @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Draw every convolution from N(0, sqrt(2 / fan_in)); reset its norm."""
         for m in self.modules():
@@ -170,7 +169,7 @@ class GunnLayer(nn.Module):
         count = x.shape[0] * x.shape[2] * x.shape[3]
         for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=True):
             if mean.numel():
-                update_running_stats(c.bn, mean, variance, count)
+                norms.update_running_stats(c.bn, mean, variance, count)
         return y
 
     def _conv_norms(self) -> 'List[ConvNorm]':
@@ -179,67 +178,65 @@ class GunnLayer(nn.Module):
         return convs if self.proj is None else convs + [self.proj]
 
     def _can_fuse(self, x: torch.Tensor) -> bool:
-        if not self.fused:
-            return False
-        reason = self._obstacle(x)
-        if reason is not None and not torch.compiler.is_compiling():
+        reason = self._obstacle(x) if self.fused else ''
+        if reason and not torch.compiler.is_compiling():
             _logger.debug('GunnLayer: not fused, %s.', reason)
         return reason is None
 
     def _obstacle(self, x: torch.Tensor) -> Optional[str]:
-        """What keeps the fused operator from doing what the modules would do, None if nothing does."""
+        """What keeps the operator from doing what the modules would do, None if nothing does."""
         # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
         if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return 'a trace or export takes the operations one by one'
         if not torch.compiler.is_compiling() and _transformed():
             return 'torch.func and forward-mode derivatives need the operations one by one'
-        if x.device.type not in ('cpu', 'cuda', 'meta'):
-            return f'device {x.device.type}'
-        dtype = _compute_dtype(x)
-        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            return f'dtype {dtype}'
-        if x.dtype not in (dtype, torch.float32):
-            return f'an input of {x.dtype} under autocast to {dtype}'
-        autocast = _autocasts(x)
+        autocast, dtype = _autocasts(x), _compute_dtype(x)
+        known = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
+        if not known or x.dtype not in (dtype, torch.float32):
+            return f'an input of {x.dtype} on {x.device}, computed in {dtype}'
         if nn.modules.module._has_any_global_hook():
             return 'global module hooks'
         for act in (a for b in self.bottlenecks for a in (b.act1, b.act2)):
             if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
                 return f'activation {type(act).__name__}, or one with hooks'
-        count, dilation = x.shape[0] * x.shape[2] * x.shape[3], self.bottlenecks[0].conv2.conv.dilation[0]
+        values, dilation = x.numel() // self.channels, self.bottlenecks[0].conv2.conv.dilation[0]
         for k, c in enumerate(self._conv_norms()):
             conv, weight = c.conv, c.conv.weight
             size, d = (3, dilation) if k % 3 == 1 else (1, conv.dilation[0])
             settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
             if settings != ((size, size), (1, 1), (d * (size // 2),) * 2, (d, d)):
                 return f'convolution {conv}'
-            if weight.dtype != dtype and (not autocast or weight.dtype == torch.float64):
-                return f'an input of {x.dtype} and weights of {weight.dtype}'
-            if weight.device != x.device:
-                return f'an input on {x.device} and weights on {weight.device}'
-            known = is_plain(c.bn) or _is_torchvision_frozen(c.bn)
+            castable = autocast and weight.dtype != torch.float64
+            if weight.device != x.device or (weight.dtype != dtype and not castable):
+                return f'an input of {x.dtype} on {x.device}, weights of {weight.dtype} on {weight.device}'
+            known = norms.is_plain(c.bn) or norms.is_torchvision_frozen(c.bn)
             if type(c.bn) is not nn.Identity and (conv.bias is not None or not known):
                 return f'norm {type(c.bn).__name__}, convolution with{"out" if conv.bias is None else ""} bias'
-            if count <= 1 and takes_batch_stats(c.bn):
+            if values <= 1 and norms.takes_batch_stats(c.bn):
                 return 'statistics of a single value'
-        return 'an empty input' if count == 0 else None
+        return 'an empty input' if values == 0 else None
 
-    @torch.jit.ignore
     def check_slices(self) -> None:
         """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
         convs = self._conv_norms()
         sliced = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
         odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
         odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
-        odd += filter(None, map(_unsliceable, convs))
+        for c in convs:
+            if type(c) is not ConvNorm or type(c.conv) is not nn.Conv2d:
+                odd.append(f'a {type(c).__name__} of {type(c.conv).__name__}')
+            elif c.conv.padding_mode != 'zeros' or not norms.owns_weight(c.conv):
+                odd.append(f'{c.conv} of {", ".join(c.conv._parameters)}')
+            elif not norms.is_plain(c.bn) and not norms.has_slices(c.bn, c.conv.out_channels):
+                odd.append(f'{type(c.bn).__name__} of {", ".join(name for name, _ in c.bn.named_parameters())}')
+        advice = 'make plain modules of its units first, with timm_gunn.unstack_model(model).'
         if odd:
             raise TypeError(
-                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; '
-                'make plain modules of its units first, with timm_gunn.unstack_model(model).')
+                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; {advice}')
         if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             warnings.warn(
                 'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
-                'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=2)
+                f'them; {advice}', stacklevel=2)
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
@@ -248,7 +245,6 @@ class GunnLayer(nn.Module):
         kept = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
         return kept.view(-1, self.segments, 1, 1)
 
-    @torch.jit.ignore
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
         if x.tracer.root is self:
@@ -259,7 +255,6 @@ class GunnLayer(nn.Module):
         self.stack_units(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @torch.jit.ignore
     def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
         for name, own in chain(self.named_parameters(), self.named_buffers()):
@@ -338,10 +333,9 @@ class ConvNorm(nn.Module):
             in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
             groups=groups, bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
-        if not _has_slices(self.bn, out_chs):
+        if not norms.has_slices(self.bn, out_chs):
             raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, got {type(self.bn).__name__}.')
 
-    @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Draw the convolution at fan-in scale, N(0, sqrt(2 / fan_in)), and reset the norm.
 
@@ -349,12 +343,11 @@ class ConvNorm(nn.Module):
         are large and learn slowly at first.
         """
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity='relu')
-        reset_norm(self.bn)
+        norms.reset_norm(self.bn)
 
-    @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold the norm into the convolution, for inference; timm.utils.reparameterize_model calls this."""
-        fold_norm(self)
+        norms.fold_norm(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""
@@ -364,11 +357,13 @@ class ConvNorm(nn.Module):
         """One unit: (B, in_chs / groups, H, W) to (B, out_chs / P, H, W)."""
         start, stop = unit * self.rows, (unit + 1) * self.rows
         x = F.conv2d(
-            x, self.conv.weight[start:stop], _rows(self.conv.bias, start, stop),
+            x, self.conv.weight[start:stop], norms.rows(self.conv.bias, start, stop),
             self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
             return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
-        return self._batch_norm_unit(x, start, stop) if is_plain(self.bn) else norm_unit(self.bn, x, start, stop)
+        if norms.is_plain(self.bn):
+            return self._batch_norm_unit(x, start, stop)
+        return norms.norm_unit(self.bn, x, start, stop)
 
     def _batch_norm_unit(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """What nn.BatchNorm2d does, on channels [start, stop) of the norm."""
@@ -381,8 +376,8 @@ class ConvNorm(nn.Module):
             if stop == self.conv.out_channels:
                 tracked.add_(1)
         return F.batch_norm(
-            x, _rows(norm.running_mean, start, stop), _rows(norm.running_var, start, stop),
-            _rows(norm.weight, start, stop), _rows(norm.bias, start, stop),
+            x, norms.rows(norm.running_mean, start, stop), norms.rows(norm.running_var, start, stop),
+            norms.rows(norm.weight, start, stop), norms.rows(norm.bias, start, stop),
             norm.training or norm.running_mean is None, factor, norm.eps)
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:
@@ -393,118 +388,9 @@ class ConvNorm(nn.Module):
             return weight, none, none if self.conv.bias is None else self.conv.bias, none, none
         gamma = weight.new_ones(weight.shape[0]) if norm.weight is None else norm.weight
         beta = weight.new_zeros(weight.shape[0]) if norm.bias is None else norm.bias
-        if takes_batch_stats(norm):
+        if norms.takes_batch_stats(norm):
             return weight, gamma, beta, none, none
         return weight, gamma, beta, norm.running_mean, norm.running_var
-
-
-def _owns_weight(module: nn.Module) -> bool:
-    """Whether a module's weight is its parameter, or a view of a flat one, and not made of others by a hook.
-
-    Pruning and the older spectral_norm and weight_norm leave such others; hooks that only look on, as of those who
-    count operations, leave none.
-    """
-    return module._parameters.keys() <= {'weight', 'bias'}
-
-
-def _unsliceable(c: ConvNorm) -> Optional[str]:
-    """What a slice of a convolution and its norm leaves out, None if nothing."""
-    conv, norm = c.conv, c.bn
-    if type(c) is not ConvNorm or type(conv) is not nn.Conv2d:
-        return f'a {type(c).__name__} of {type(conv).__name__}'
-    if conv.padding_mode != 'zeros' or not _owns_weight(conv):
-        return f'{conv} of {", ".join(conv._parameters)}'
-    if is_plain(norm) or _has_slices(norm, conv.out_channels):
-        return None
-    return f'{type(norm).__name__} of {", ".join(name for name, _ in norm.named_parameters())}'
-
-
-def _has_slices(norm: nn.Module, channels: int) -> bool:
-    """Whether norm treats each of its channels by itself, so that a slice of it is a norm again.
-
-    Admitted are torch's BatchNorm and SyncBatchNorm with their subclasses, modules of any library that keep
-    running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but no pruned
-    or parametrised ones, no shards of FSDP, and no tensors of other shapes.
-    """
-    others = (
-        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
-    params, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
-    owned = all(name.rpartition('.')[2] in ('weight', 'bias') for name in params)
-    known = owned if isinstance(norm, _BatchNorm) else {'running_mean', 'running_var'} <= buffers.keys()
-    return type(norm) is nn.Identity or (known and not isinstance(norm, others) and all(
-        (t.shape == (channels,) or t.numel() == 1) and not hasattr(t, 'to_local')
-        for t in (*params.values(), *buffers.values())))
-
-
-def reset_norm(norm: nn.Module) -> None:
-    """Set weight and running variance 1, all else 0 in a norm of any admitted class."""
-    with torch.no_grad():
-        for name, t in chain(norm.named_parameters(), norm.named_buffers()):
-            t.fill_(name.rpartition('.')[2] in ('weight', 'running_var'))
-
-
-def fold_norm(module: nn.Module) -> None:
-    """Replace module.bn by what it does to module.conv with its running statistics: a scale of the weight and a bias.
-
-    Norms of other classes or without running statistics, and weights that are made of others, are left as they are.
-    """
-    conv, norm = module.conv, module.bn
-    plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_torchvision_frozen(norm)
-    owned = _owns_weight(conv) and _owns_weight(norm)
-    if type(conv) is not nn.Conv2d or not plain or not owned or norm.running_mean is None:
-        return
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    conv.bias.requires_grad_(conv.weight.requires_grad)
-    module.bn = nn.Identity()
-
-
-def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an nn.BatchNorm2d, no subclass, with its weight and the statistics that it tracks its own."""
-    return (
-        type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
-        and _owns_weight(norm))
-
-
-def _is_torchvision_frozen(norm: nn.Module) -> bool:
-    return type(norm).__name__ == 'FrozenBatchNorm2d' and type(norm).__module__.startswith('torchvision.')
-
-
-def takes_batch_stats(norm: nn.Module) -> bool:
-    """Whether a plain BatchNorm normalises with the statistics of the batch; False for norms without statistics."""
-    return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
-
-
-@torch.no_grad()
-def update_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-    """Do to the running statistics what nn.BatchNorm2d does, given the batch's mean and biased variance."""
-    if not norm.training or norm.running_mean is None:
-        return
-    momentum, tracked = norm.momentum, norm.num_batches_tracked
-    if tracked is not None:
-        tracked.add_(1)
-    if momentum is None:  # cumulative average over this and all earlier steps
-        momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
-        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
-
-
-def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Apply channels [start, stop) of a norm to x, (B, stop - start, H, W), as a norm of those channels alone would.
-
-    The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
-    advances num_batches_tracked.
-    """
-    # Statistics are views, so that in-place updates reach the module; counters are copies for all units but the last.
-    tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
-    last = stop == max([t.numel() for _, t in tensors], default=stop)
-    sliced = {
-        name: t[start:stop] if t.numel() > 1 else t if last else t.clone() for name, t in tensors}
-    return torch.func.functional_call(norm, sliced, (x,))
-
-
-def _rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
-    return None if t is None else t[start:stop]
 
 
 def _has_hooks(module: nn.Module) -> bool:

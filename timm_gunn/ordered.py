@@ -466,7 +466,7 @@ class Norm:
 
 
 def norm_class(weight: torch.Tensor) -> type:
-    """By Triton kernels on CUDA devices, where Triton is installed."""
+    """Norm of a weight's device: by Triton kernels on CUDA devices, where Triton is installed."""
     if weight.is_cuda and TRITON and has_triton():
         from .triton_norm import TritonNorm
         return TritonNorm
@@ -475,6 +475,7 @@ def norm_class(weight: torch.Tensor) -> type:
 
 @functools.lru_cache(None)
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec('triton') is not None
 
 
@@ -496,6 +497,7 @@ def _stacked(value: Union[torch.Tensor, List[torch.Tensor]], like: torch.Tensor)
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Memory format of outputs and gradients of a map."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
