@@ -55,7 +55,7 @@ def make(dtype, rows, channels, sliced=False):
 
 def make_norm(dtype, rows, channels, batch):
     """Two units' norms."""
-    from timm_gunn.ordered import Params
+    from timm_gunn.aten_norm import Params
     from timm_gunn.triton_norm import TritonNorm
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     gamma, beta, mean, variance = (torch.rand(4, 2 * channels, dtype=stats) + 0.5).to(DEVICE).unbind()

@@ -8,7 +8,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .ordered import OrderedLayer, memory_format, stats_dtype, unflatten
+from .aten_norm import stats_dtype, unflatten
+from .ordered import OrderedLayer, memory_format
 
 __all__ = ['ordered_update']
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .ordered import Norm, Params
+from .aten_norm import AtenNorm, Params
 
 # Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
 PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
@@ -202,8 +202,8 @@ def _backward(
         tl.store(out + r * (out_step * ALIGN) + c[None, :], (g * scale).to(out.dtype.element_ty), ok)
 
 
-class TritonNorm(Norm):
-    """Norm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
+class TritonNorm(AtenNorm):
+    """AtenNorm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
 
     def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
         super().__init__(params, eps, batch_stats, rows, segments, dtype)
