@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_gunn.ops
 import timm_gunn.ordered
 from timm_gunn import Gunn, GunnLayer, unstack_model
+from timm_gunn.checks import obstacle
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 DEVICES = ['cpu', pytest.param('cuda', marks=CUDA)]
@@ -78,7 +79,7 @@ def test_random_layers(seed, norm_kernels, monkeypatch):
     ref.train(training)
     x = torch.randn(shape[0], size[0], *shape[1:], dtype=torch.float64)
     x = x.contiguous(memory_format=rng.choice(list(FORMATS.values())))
-    assert layer._obstacle(x) is None
+    assert obstacle(layer, x) is None
     assert_same(layer, ref, x)
 
 
@@ -647,7 +648,7 @@ def test_settings_that_the_operator_knows(same):
         layer.bottlenecks[0].conv1.bn.eps, layer.bottlenecks[1].conv2.bn.momentum = 0.5, 0.9
         layer.bottlenecks[1].conv3.bn.eval()
     x = torch.randn(2, 12, 6, 5, dtype=torch.float64)
-    assert layer._obstacle(x) is None
+    assert obstacle(layer, x) is None
     composite = composite_of(layer)
     for f, c in zip(run(layer, x), run(composite, x), strict=True):
         assert_close(f, c)

@@ -172,11 +172,15 @@ class AtenNorm:
         scale = gamma * inv_std
         if not self.reads_input:
             return (grad * scale).to(self.dtype)
-        _, *sums = aten.native_batch_norm_backward(
-            grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
+        one_kernel = grad.is_cuda  # on a CPU, what follows is faster
+        grad_h, *sums = aten.native_batch_norm_backward(
+            grad, h, gamma, mean, variance, mean, inv_std, self.batch and one_kernel, self.eps,
+            [one_kernel, True, True])
         grad_gamma, grad_beta = sums if self.fold == 1 else (t.view(self.fold, -1).sum(0) for t in sums)
         self.grad_gammas.append(grad_gamma)
         self.grad_betas.append(grad_beta)
+        if one_kernel:
+            return grad_h
         if not self.batch:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h

@@ -15,23 +15,21 @@ operator of ops.py instead, which computes the same from the same parameters in 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import logging
-import warnings
 from itertools import chain
 from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 
 from . import norms
+from .checks import check_slices, compute_dtype, obstacle
 from .ops import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
 _logger = logging.getLogger(__name__)
-_DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 class GunnLayer(nn.Module):
@@ -125,9 +123,12 @@ class GunnLayer(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f'GunnLayer: expected an input (B, {self.channels}, H, W), got {list(x.shape)}.')
         if not torch.jit.is_scripting():
-            self.check_slices()
-            if self._can_fuse(x):
+            check_slices(self)
+            reason = obstacle(self, x) if self.fused else 'fused=False'
+            if reason is None:
                 return self._forward_fused(x)
+            if not torch.compiler.is_compiling():
+                _logger.debug('GunnLayer: not fused, %s.', reason)
         return self._forward_ordered(x)
 
     def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +159,7 @@ class GunnLayer(nn.Module):
     def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         convs = self._conv_norms()
         params = [t for c in convs for t in c.fused_params()]
-        kept, dtype = self._kept(x), _compute_dtype(x)
+        kept, dtype = self._kept(x), compute_dtype(x)
         if not self.residual:  # nothing of x but what the convolutions read
             x = x.to(dtype)
         y, stats, _ = ordered_update(
@@ -176,67 +177,6 @@ class GunnLayer(nn.Module):
         """In the order of ordered_update's parameters."""
         convs = [c for b in self.bottlenecks for c in (b.conv1, b.conv2, b.conv3)]
         return convs if self.proj is None else convs + [self.proj]
-
-    def _can_fuse(self, x: torch.Tensor) -> bool:
-        reason = self._obstacle(x) if self.fused else ''
-        if reason and not torch.compiler.is_compiling():
-            _logger.debug('GunnLayer: not fused, %s.', reason)
-        return reason is None
-
-    def _obstacle(self, x: torch.Tensor) -> Optional[str]:
-        """What keeps the operator from doing what the modules would do, None if nothing does."""
-        # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
-        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
-            return 'a trace or export takes the operations one by one'
-        if not torch.compiler.is_compiling() and _transformed():
-            return 'torch.func and forward-mode derivatives need the operations one by one'
-        autocast, dtype = _autocasts(x), _compute_dtype(x)
-        known = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
-        if not known or x.dtype not in (dtype, torch.float32):
-            return f'an input of {x.dtype} on {x.device}, computed in {dtype}'
-        if nn.modules.module._has_any_global_hook():
-            return 'global module hooks'
-        for act in (a for b in self.bottlenecks for a in (b.act1, b.act2)):
-            if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
-                return f'activation {type(act).__name__}, or one with hooks'
-        values, dilation = x.numel() // self.channels, self.bottlenecks[0].conv2.conv.dilation[0]
-        for k, c in enumerate(self._conv_norms()):
-            conv, weight = c.conv, c.conv.weight
-            size, d = (3, dilation) if k % 3 == 1 else (1, conv.dilation[0])
-            settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-            if settings != ((size, size), (1, 1), (d * (size // 2),) * 2, (d, d)):
-                return f'convolution {conv}'
-            castable = autocast and weight.dtype != torch.float64
-            if weight.device != x.device or (weight.dtype != dtype and not castable):
-                return f'an input of {x.dtype} on {x.device}, weights of {weight.dtype} on {weight.device}'
-            known = norms.is_plain(c.bn) or norms.is_torchvision_frozen(c.bn)
-            if type(c.bn) is not nn.Identity and (conv.bias is not None or not known):
-                return f'norm {type(c.bn).__name__}, convolution with{"out" if conv.bias is None else ""} bias'
-            if values <= 1 and norms.takes_batch_stats(c.bn):
-                return 'statistics of a single value'
-        return 'an empty input' if values == 0 else None
-
-    def check_slices(self) -> None:
-        """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
-        convs = self._conv_norms()
-        sliced = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
-        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
-        odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
-        for c in convs:
-            if type(c) is not ConvNorm or type(c.conv) is not nn.Conv2d:
-                odd.append(f'a {type(c).__name__} of {type(c.conv).__name__}')
-            elif c.conv.padding_mode != 'zeros' or not norms.owns_weight(c.conv):
-                odd.append(f'{c.conv} of {", ".join(c.conv._parameters)}')
-            elif not norms.is_plain(c.bn) and not norms.has_slices(c.bn, c.conv.out_channels):
-                odd.append(f'{type(c.bn).__name__} of {", ".join(name for name, _ in c.bn.named_parameters())}')
-        advice = 'make plain modules of its units first, with timm_gunn.unstack_model(model).'
-        if odd:
-            raise TypeError(
-                f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; {advice}')
-        if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
-            warnings.warn(
-                'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
-                f'them; {advice}', stacklevel=2)
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
@@ -391,24 +331,3 @@ class ConvNorm(nn.Module):
         if norms.takes_batch_stats(norm):
             return weight, gamma, beta, none, none
         return weight, gamma, beta, norm.running_mean, norm.running_var
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work. Neither says so by a public function."""
-    stack = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
-    return stack() is not None or getattr(fwAD, '_current_level', -1) >= 0
-
-
-def _autocasts(x: torch.Tensor) -> bool:
-    # A device without autocast has none to ask for.
-    return x.device.type in ('cpu', 'cuda') and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype that convolutions of x compute in."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype

@@ -9,6 +9,7 @@ from typing import List
 import torch
 import torch.nn as nn
 
+from .checks import check_slices
 from .layer import ConvNorm, GunnLayer
 
 __all__ = ['unstack_model']
@@ -29,7 +30,7 @@ def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
         TypeError: If modules of a layer are more than their slices (pruned, parametrised, of other classes).
     """
     for layer in _ordered_layers(model):
-        layer.check_slices()
+        check_slices(layer)
     if not inplace:
         model = copy.deepcopy(model)
     plain = {layer: UnstackedLayer(layer) for layer in _ordered_layers(model)}
