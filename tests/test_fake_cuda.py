@@ -53,7 +53,7 @@ def test_operator(x_dtype, param_dtype, dtype, options, training):
     with FakeTensorMode() as mode:
         params = [torch.empty_like(mode.from_tensor(t), device='cuda') for t in params]
         x = torch.empty(4, 24, 6, 5, device='cuda', dtype=x_dtype).to(memory_format=torch.channels_last)
-        kept = torch.empty(4, 6, device='cuda') if layer.has_drop_path else None
+        kept = torch.empty(4, 6, device='cuda') if layer.drop_path.drop_prob else None
         config = kept, [1e-5] * (len(params) // 5), 6, 1, layer.residual, dtype
         with NoHost():
             for keep in (False, True):

@@ -84,8 +84,7 @@ class GunnLayer(nn.Module):
         if min(sizes.values()) < 1 or channels % segments:
             raise ValueError(f'GunnLayer: sizes must be at least 1, channels divisible by segments, got {sizes}.')
         if not 0.0 <= drop_path < 1.0 or (drop_path and not residual):
-            raise ValueError(
-                f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, got {drop_path!r}.')
+            raise ValueError(f'GunnLayer: drop_path must be in [0, 1), and 0 with residual=False, got {drop_path!r}.')
         self.channels = channels
         self.segments = segments
         self.ordered = ordered
@@ -94,24 +93,13 @@ class GunnLayer(nn.Module):
         # None is left out: the frozen norms of torchvision know neither argument.
         dd = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
         hidden_chs = expansion * channels
+        # The first bottleneck of a unit reads every channel, those stacked on it only their own unit's.
         self.bottlenecks = nn.Sequential(*[
             Bottleneck(
-                channels, hidden_chs, segments,
-                # The first bottleneck of a unit reads every channel, those stacked on it only their own unit's.
-                in_groups=1 if i == 0 else segments,
-                dilation=dilation, act_layer=act_layer, norm_layer=norm_layer, **dd,
-            ) for i in range(depth)
-        ])
+                channels, hidden_chs, segments, in_groups=segments if i else 1, dilation=dilation,
+                act_layer=act_layer, norm_layer=norm_layer, **dd) for i in range(depth)])
         self.proj = ConvNorm(channels, channels, segments, norm_layer=norm_layer, **dd) if shortcut else None
         self.drop_path = DropPath(drop_path)
-        self.has_drop_path = drop_path > 0
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw every convolution from N(0, sqrt(2 / fan_in)); reset its norm."""
-        for m in self.modules():
-            if isinstance(m, ConvNorm):
-                m.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Update x, (B, N, H, W). Ordered, raises ValueError for any other shape."""
@@ -180,7 +168,7 @@ class GunnLayer(nn.Module):
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
-        if not self.has_drop_path or not self.training:
+        if self.drop_path.drop_prob == 0.0 or not self.training:
             return None
         kept = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
         return kept.view(-1, self.segments, 1, 1)
@@ -275,6 +263,7 @@ class ConvNorm(nn.Module):
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
         if not norms.has_slices(self.bn, out_chs):
             raise TypeError(f'GunnLayer: expected a norm of the BatchNorm family, got {type(self.bn).__name__}.')
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the convolution at fan-in scale, N(0, sqrt(2 / fan_in)), and reset the norm.
