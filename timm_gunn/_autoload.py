@@ -1,15 +1,12 @@
 """Makes timm find the models of timm_gunn by name, without an import of timm_gunn.
 
-PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backends`). At that moment timm may be half
-imported, so arm() only leaves a hook for the import system, which registers the models each time `timm.models` has been
-executed, also anew. This file is installed beside the package, as the module `_timm_gunn_autoload`, so that
-calling it neither imports timm_gunn nor fails where timm_gunn is broken or gone: nothing in here may break an import
-of torch or timm. An editable install holds a copy, too: after a change to this file, install again.
+PyTorch calls arm() at the end of `import torch` (entry-point group `torch.backends`, which is meant for device
+backends). timm may be half imported then, so arm() only leaves a hook for the import system, which registers the models
+each time `timm.models` has been executed. Nothing in here may break an import of torch or timm. So this file is
+installed beside the package, as `_timm_gunn_autoload`. Editable installs hold a copy: after a change, install again.
 
-The group is meant for device backends; such a hook is tolerated rather than endorsed. TORCH_DEVICE_BACKEND_AUTOLOAD=0
-switches all entry points of the group off. `import timm_gunn`, before or after timm, registers the models as well. An
-installation that was half removed leaves the entry point without this module, and PyTorch then raises an error:
-`pip install timm-gunn` or `pip uninstall timm-gunn` mends that.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches all entry points of the group off; `import timm_gunn` registers the models too.
+If PyTorch raises an error because this module is gone, install timm-gunn or uninstall it: that was not finished.
 """
 import sys
 
@@ -22,8 +19,7 @@ class _Hook:
     def find_spec(self, fullname, path=None, target=None):
         if fullname != _TARGET:
             return None
-        # The finders are asked directly: importlib.util.find_spec() would wait for the lock of the package timm, which
-        # a thread that waits for this one's import lock may hold.
+        # importlib.util.find_spec() would wait for the lock of timm, which a thread that waits for this one may hold.
         for finder in list(sys.meta_path):
             find_spec = None if finder is self else getattr(finder, 'find_spec', None)
             spec = find_spec(fullname, path, target) if find_spec else None
@@ -77,11 +73,8 @@ def _warn(message):
 
 
 def arm():
-    """Register the models once timm.models has been executed, before or from now on. Never raises."""
-    try:
-        if _TARGET in sys.modules:
-            _register()
-        elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Hook())
-    except Exception as e:
-        _warn(f'timm-gunn could not prepare the registration of its models: {type(e).__name__}: {e}')
+    """Register the models once timm.models has been executed, before or from now on."""
+    if _TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook())

@@ -3,9 +3,8 @@
     python -m timm_gunn.verify                 # all pretrained models of this package
     python -m timm_gunn.verify gunn15.c10      # or some
 
-The sha256 of the file, shipped with the package or in the Hub's cache (it is downloaded if it is not there), has to be
-the one that the package knows, and so have the logits of a fixed image. The Hub's client checks sizes only: a damaged
-tensor of the right size loads without a word.
+Compared are the sha256 of the file, which is downloaded if need be, and the logits of a fixed image. The Hub's client
+checks sizes only: a damaged tensor of the right size loads without a word.
 """
 import argparse
 import hashlib
@@ -62,11 +61,6 @@ def find_file(cfg: PretrainedCfg) -> Path:
     return Path(hf_hub_download(repo, cfg.hf_hub_filename or FILENAME, revision=revision or None))
 
 
-def pretrained_names() -> List[str]:
-    """Names, with tags, of this package's models that have weights."""
-    return timm.list_models(module='gunn', pretrained=True, include_tags=True)
-
-
 def same_logits(logits: Sequence[float], expected: Sequence[float]) -> bool:
     """Whether two fingerprints are the same up to the rounding of float64 on different machines."""
     return len(logits) == len(expected) and all(
@@ -74,11 +68,7 @@ def same_logits(logits: Sequence[float], expected: Sequence[float]) -> bool:
 
 
 def verify(name: str) -> Tuple[bool, str]:
-    """Whether the weights of a pretrained name are as they were published, and a sentence to say so or why not.
-
-    Raises:
-        Exception: If they can not be had (no connection, no such repository or revision) or not be loaded.
-    """
+    """Whether weights are as they were published, and a sentence about it. Raises what the Hub's client and timm do."""
     cfg = find_config(name)
     name = name if cfg is None else f'{cfg.architecture}.{cfg.tag}'
     known = known_weights().get(name)
@@ -90,9 +80,7 @@ def verify(name: str) -> Tuple[bool, str]:
     found = sha256(path)
     if found != known['sha256']:
         remedy = 'Install the package again.' if cfg.file else f'Remove {path.resolve()}; it is then downloaded again.'
-        return False, (
-            f'{name}: {path} has the sha256 {found}, expected {known["sha256"]}: it is damaged or another file. '
-            f'{remedy}')
+        return False, f'{name}: {path}: sha256 {found}, not {known["sha256"]}: it is damaged or another file. {remedy}'
     model = timm.create_model(name, pretrained=True)
     if not same_logits(fingerprint(model, model.pretrained_cfg['input_size']), known['logits']):
         return False, f'{name}: the logits of the fixed image are others, though the file is the right one'
@@ -103,20 +91,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Exit status 0 if all names are in order, 1 if one is not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME', help='such as gunn15.c10 (default: all)')
-    names = parser.parse_args(argv).names or sorted({*known_weights(), *pretrained_names()})
-    if not names:
-        print('this package has no pretrained weights')
+    pretrained = timm.list_models(module='gunn', pretrained=True, include_tags=True)
     status = 0
-    for name in names:
+    for name in parser.parse_args(argv).names or sorted({*known_weights(), *pretrained}):
         try:
             fine, sentence = verify(name)
-        except (RepositoryNotFoundError, RevisionNotFoundError) as e:
-            fine, sentence = False, (
-                f'{name}: {type(e).__name__}: {e}\nThe weights are gone from there, or the repository has become '
-                "somebody else's. Look for a newer version of this package, and do not load them without their commit.")
         except Exception as e:  # of the client, of HTTP, of a file that can not be read
-            fine, sentence = False, (
-                f'{name}: {type(e).__name__}: {e}\nThe weights could not be had. Look at the connection and try again.')
+            advice = 'The weights could not be had. Look at the connection and try again.'
+            if isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)):
+                advice = (
+                    "The weights are gone from there, or the repository has become somebody else's. Look for a newer "
+                    'version of this package, and do not load them without their commit.')
+            fine, sentence = False, f'{name}: {type(e).__name__}: {e}\n{advice}'
         print(sentence)
         status |= not fine
     return status
