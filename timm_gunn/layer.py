@@ -105,18 +105,18 @@ class GunnLayer(nn.Module):
         """Update x, (B, N, H, W). Ordered, raises ValueError for any other shape."""
         if not self.ordered or self.segments == 1:
             return self._forward_simultaneous(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a joint condition would be compiled whole)
-            if isinstance(x, torch.fx.Proxy):
-                return self._as_leaf(x)
+        if torch.jit.is_scripting():
+            return self._forward_ordered(x)
+        if isinstance(x, torch.fx.Proxy):
+            return self._as_leaf(x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f'GunnLayer: expected an input (B, {self.channels}, H, W), got {list(x.shape)}.')
-        if not torch.jit.is_scripting():
-            check_slices(self)
-            reason = obstacle(self, x) if self.fused else 'fused=False'
-            if reason is None:
-                return self._forward_fused(x)
-            if not torch.compiler.is_compiling():
-                _logger.debug('GunnLayer: not fused, %s.', reason)
+        check_slices(self)
+        reason = obstacle(self, x) if self.fused else 'fused=False'
+        if reason is None:
+            return self._forward_fused(x)
+        if not torch.compiler.is_compiling():
+            _logger.debug('GunnLayer: not fused, %s.', reason)
         return self._forward_ordered(x)
 
     def _forward_simultaneous(self, x: torch.Tensor) -> torch.Tensor:
