@@ -180,5 +180,5 @@ def test_script_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(['--lr', '0'])
     assert 'got 3000, 5 and 0.0' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match='gradient descent diverges with --lr 10; expected a lower one'):
-        main(['--lr', '10', '--steps', '99', '--output', str(tmp_path)])
+    with pytest.raises(SystemExit, match='gradient descent diverges with --lr 1000; expected a lower one'):
+        main(['--lr', '1000', '--steps', '9', '--seeds', '1', '--output', str(tmp_path)])
