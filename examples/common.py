@@ -90,6 +90,14 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         yield
 
 
+def read_csv(path: Path) -> List[Row]:
+    """Rows of a CSV, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
 def write_csv(path: Path, rows: List[Row]) -> None:
     with replacing(path) as part, open(part, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator='\n')

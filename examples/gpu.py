@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
+GRACE = 3  # seconds to come to an end in, after an interrupt: pytest then tells what has failed so far
 LIMITS = dict(tests=110, speed=140, cifar=70, profile=30, train=float('inf'))  # seconds
 
 
@@ -99,8 +100,9 @@ def run_part(commands: List[List[str]], limit: float, log: Path) -> List[str]:
                 outcomes.append('ok' if code == 0 else f'exit {code}')
             except subprocess.TimeoutExpired:
                 outcomes.append('stopped at the limit')
-                os.killpg(process.pid, signal.SIGINT)  # pytest then tells what has failed so far
-                time.sleep(3)
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             with suppress(ProcessLookupError):  # of whatever the command has left behind, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

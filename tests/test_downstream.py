@@ -4,16 +4,18 @@ import copy
 import csv
 import logging
 import re
-import sys
 from itertools import product
 from pathlib import Path
 
+import drawn_scenes
+import finetune
 import numpy as np
 import pytest
 import timm
 import timm.layers
 import torch
-from networks import CIFAR, IMAGENET, MODELS, small
+from images import image_folder
+from networks import CIFAR, IMAGENET, MODELS, SMALL, small
 from packaging.version import Version
 from PIL import Image
 from reference import randomise
@@ -27,10 +29,6 @@ def library(name):
 cbook, samples = library('matplotlib.cbook'), library('sklearn.datasets')
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import drawn_scenes
-import finetune
 
 
 def randomised(name, **kwargs):
@@ -51,7 +49,7 @@ def assert_trains(model, loss):
 @pytest.mark.parametrize('arch', ['Unet', 'UnetPlusPlus', 'Linknet', 'FPN', 'PSPNet', 'MAnet', 'UPerNet', 'Segformer'])
 def test_smp(arch):
     smp = library('segmentation_models_pytorch')
-    model = smp.create_model(arch, encoder_name='tu-gunn18', encoder_weights=None, classes=4)
+    model = smp.create_model(arch, encoder_name='tu-gunn18', encoder_weights=None, classes=4, **SMALL['gunn18'])
     x = torch.randn(2, 3, 64, 96)
     y = model(x)
     assert y.shape == (2, 4, 64, 96)
@@ -527,13 +525,7 @@ def test_fit():
 @pytest.fixture
 def folder(tmp_path):
     """Two classes that can be told apart."""
-    rng = np.random.default_rng(0)
-    for split, n in (('train', 16), ('val', 8)):
-        for c in range(2):
-            (tmp_path / 'data' / split / f'class{c}').mkdir(parents=True)
-            for i in range(n):
-                pixels = (rng.integers(0, 80, (32, 32, 3)) + [170 * c, 80, 170 * (1 - c)]).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / 'data' / split / f'class{c}' / f'{i}.png')
+    image_folder(tmp_path / 'data', dict(train=16, val=8))
     return tmp_path
 
 

@@ -1,48 +1,49 @@
-"""The examples run as scripts, briefly."""
+"""The examples run, briefly: in this process, but for what is about processes."""
 import csv
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-import pytest
-import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from timm_gunn import GunnLayer, fused
-
-EXAMPLES = Path(__file__).parent.parent / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
+import benchmark
 import draw_order
 import gpu
 import model_table
+import pytest
 import quickstart
 import record_result
 import results_table
+import timm
+import torch
 import train_cifar
-from benchmark import Network, Products, bench_count, bench_models, bench_sweep, counted, interleave, parse_args
 from tiny_imagenet import arrange
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_gunn import GunnLayer
+
+ROOT = Path(__file__).parent.parent
 
 
-def run(name, *args, cwd):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *args], capture_output=True, text=True, timeout=300, cwd=cwd)
+def rows(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
 
 
-def test_quickstart(tmp_path):
-    result = run('quickstart.py', '--epochs', '1', '--train-images', '64', '--size', '16', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert 'accuracy on 450 held-out images: ' in result.stdout
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--epochs', '1', '--train-images', '64', '--size', '16'])
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert 'accuracy on 450 held-out images: ' in printed
     for name in ('quickstart.png', 'photographs.png'):
         assert (tmp_path / 'output' / name).read_bytes().startswith(b'\x89PNG')
-    named = re.search(r'gunn15.c10 names rightly: (\d+) of 12', result.stdout)
+    named = re.search(r'gunn15.c10 names rightly: (\d+) of 12', printed)
     assert int(named[1]) >= 9  # 11 when this was written
 
 
@@ -60,7 +61,7 @@ def test_quickstart_says_what_is_wrong(options, message, monkeypatch, capsys):
 
 def test_model_table_is_that_of_the_readme(capsys):
     model_table.main()
-    assert capsys.readouterr().out in (EXAMPLES.parent / 'README.md').read_text()
+    assert capsys.readouterr().out in (ROOT / 'README.md').read_text()
 
 
 def test_draw_order(tmp_path):
@@ -72,25 +73,108 @@ def test_draw_order(tmp_path):
     assert first == second
 
 
-def test_benchmark(tmp_path):
-    result = run(
-        'benchmark.py', '--models', 'gunn15', 'gunn15:composite', 'gunn15:products', '--bench', 'train',
-        '--img-size', '8', '--batch-size', '2', '--rounds', '2', '--warmup', '0', '--csv', 'rows.csv', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    with open(tmp_path / 'rows.csv', newline='') as f:
-        fused, composite, products = csv.DictReader(f)
+# --- Speed and memory ---
+
+SMALL_STEP = ['--img-size', '8', '--batch-size', '2', '--rounds', '2', '--warmup', '1']
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that have all modules already, where they can: a spawned one takes seconds to import torch."""
+    if not torch.cuda.is_available():
+        context = multiprocessing.get_context('fork')
+        monkeypatch.setattr(multiprocessing, 'get_context', lambda method: context)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    yield
+    mock.patch.stopall()  # what a network of the benchmark has switched
+
+
+def test_benchmark(tmp_path, forked, capsys):
+    path = tmp_path / 'rows.csv'
+    options = ['--bench', 'train', *SMALL_STEP, '--csv', str(path), '--plots', str(tmp_path)]
+    for models in (['gunn15', 'gunn15:composite', 'gunn15:products'], ['gunn15:library', 'gunn15:folded']):
+        assert benchmark.bench_models(benchmark.parse_args([*options, '--models', *models])) == []
+    fused, composite, products, library = rows(path)
+    assert [row['model'] for row in rows(path)] == ['gunn15', 'gunn15:composite', 'gunn15:products', 'gunn15:library']
     assert float(fused['saved_mib_per_image']) < float(composite['saved_mib_per_image'])
-    assert fused['gmacs'] == composite['gmacs']
-    assert 'benchmark.py --models gunn15' in fused['command']
+    assert fused['gmacs'] == composite['gmacs'] == library['gmacs']
+    assert float(composite['ratio']) == 1
+    assert float(fused['ratio']) == pytest.approx(float(fused['seconds']) / float(composite['seconds']), rel=0.5)
     assert float(products['seconds']) > 0
     assert float(fused['peak_mib']) > 0
     assert products['saved_mib_per_image'] == products['peak_mib'] == ''
+    table = re.findall(r'^\| `(\S+)` \| \S+ \(\S+ to \S+\) \|', capsys.readouterr().out, re.M)
+    assert table == [row['model'] for row in rows(path)]
+    assert (tmp_path / 'throughput_memory.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_benchmark_of_layers(tmp_path, forked, capsys):
+    """A number of segments that does not divide the channels is left out, and named at the end."""
+    path = tmp_path / 'rows.csv'
+    failed = benchmark.bench_sweep(benchmark.parse_args([
+        '--sweep', '12x4', '8x2', '--segments', '2', '3', *SMALL_STEP, '--csv', str(path), '--plots', str(tmp_path)]))
+    assert failed == ['3 segments of 8x2']
+    assert [(row['channels'], row['segments']) for row in rows(path)] == [('12', '2'), ('12', '3'), ('8', '2')]
+    assert all(float(row['gunn_seconds']) > 0 for row in rows(path))
+    assert 'channels divisible by segments' in capsys.readouterr().out
+    assert (tmp_path / 'time_segments.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(['--csv', str(path)])
+    assert 'holds other columns than this kind of run writes' in capsys.readouterr().err
+
+
+def test_benchmark_goes_on_without_what_fails(tmp_path, forked, capsys):
+    models = ['vit_tiny_patch16_224', 'sunn15']
+    failed = benchmark.bench_models(benchmark.parse_args([
+        '--models', *models, '--bench', 'inference', *SMALL_STEP, '--csv', str(tmp_path / 'rows.csv')]))
+    assert failed == models[:1]
+    assert 'benchmark: vit_tiny_patch16_224: AssertionError: ' in capsys.readouterr().out
+    assert [(row['model'], row['ratio']) for row in rows(tmp_path / 'rows.csv')] == [('sunn15', '1.0')]
+
+
+class Variant:
+    """One whose process may be killed in its second step."""
+
+    def __init__(self, killed):
+        self.killed, self.facts, self.steps = killed, {}, 0
+
+    def train(self):
+        self.steps += 1
+        if self.killed and self.steps == 2:
+            os._exit(9)
+
+
+def test_benchmark_whose_process_is_killed(forked, capsys):
+    args = benchmark.parse_args(['--rounds', '3', '--warmup', '0'])
+    variants = {'first': partial(Variant, True), 'second': partial(Variant, False)}
+    times, _ = benchmark.interleave(variants, 'train', args)
+    assert capsys.readouterr().out == 'benchmark: first: its process was killed, by lack of memory perhaps\n'
+    assert {name: len(seconds) for name, seconds in times.items()} == {'second': 3}
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
+    (['--models', 'gunn15:fast'], "one of composite, library, folded, products, got 'gunn15:fast'"),
+    (['--models', 'gunn'], "expected a model of timm, and behind a colon one of"),
+    (['--reference', 'gunn15'], "--reference must be one of ['gunn18', "),
+    (['--graphs'], '--graphs needs --device cuda, got cpu')])
+def test_benchmark_says_what_is_wrong(options, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('spec', 'bench'), [('gunn15', 'train'), ('gunn15', 'inference'), ('sunn15', 'train')])
 def test_benchmark_replays_every_product(spec, bench):
-    args = parse_args(['--img-size', '8', '--batch-size', '2'])
-    products, network = Products(f'{spec}:products', bench, args), Network(spec, bench, args)
+    args = benchmark.parse_args(SMALL_STEP)
+    products, network = benchmark.Products(f'{spec}:products', bench, args), benchmark.Network(spec, bench, args)
     flops = []
     for variant in (products, network):
         with FlopCounterMode(display=False) as counter:
@@ -105,9 +189,9 @@ def test_benchmark_replays_every_product(spec, bench):
 
 
 def small_count(model, x, kind=''):
-    network = Network(f'sunn15:{kind}', 'inference', parse_args(['--img-size', '8']))
+    network = benchmark.Network(f'sunn15:{kind}', 'inference', benchmark.parse_args(SMALL_STEP))
     network.model, network.x = model, x
-    return counted(network).calls
+    return benchmark.counted(network).calls
 
 
 def test_benchmark_counts_a_convolution():
@@ -119,11 +203,10 @@ def test_benchmark_counts_a_convolution():
 
 
 @pytest.mark.parametrize('kind', ['', 'library'])
-def test_benchmark_counts_the_operator_as_on_a_gpu(kind, monkeypatch):
+def test_benchmark_counts_the_operator_as_on_a_gpu(kind):
     """Two units of 4 hidden and 2 own channels on 18 pixels."""
     if not kind:
         pytest.importorskip('triton')
-    monkeypatch.setattr(fused, 'TRITON', True)  # put back after the network has changed it
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), GunnLayer(4, 2))
     calls = small_count(model, torch.empty(2, 4, 3, 3), kind)
     hidden, own = 4 * 18, 2 * 18
@@ -139,86 +222,58 @@ def test_benchmark_counts_the_operator_as_on_a_gpu(kind, monkeypatch):
 
 
 def test_benchmark_prints_counts(capsys):
-    bench_count(parse_args(['--count', '-v', '--models', 'sunn15', '--img-size', '8', '--batch-size', '2']))
+    benchmark.bench_count(benchmark.parse_args(['--models', 'sunn15', *SMALL_STEP]))
     *table, total = capsys.readouterr().out.splitlines()
     convs = sum(isinstance(m, torch.nn.Conv2d) for m in timm.create_model('sunn15').modules())
     assert any(re.fullmatch(rf'\| 0\.\d\d \| 0\.00 \| {convs} \| `convolution` \|', row) for row in table)
     assert re.fullmatch(r'sunn15, batch 2: \d{3} kernels, 0\.\d GB, 0\.0\d TFLOP', total)
 
 
-def test_benchmark_says_what_is_wrong(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(['--batch-size', '0'])
-    assert '--batch-size must be at least 1, got 0' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="one of composite, library, folded, products, got 'gunn15:fast'"):
-        bench_models(parse_args(['--models', 'gunn15:fast']))
-    with pytest.raises(SystemExit, match='--segments must divide the 12 channels, got 5'):
-        bench_sweep(parse_args(['--sweep', '400x56', '12x4', '--segments', '5']))
-    # What goes wrong in the process of a variant.
-    with pytest.raises(SystemExit, match='benchmark: gunn15: RuntimeError: '):
-        bench_models(parse_args(['--models', 'gunn15', '--device', 'nowhere', '--csv', str(tmp_path / 'rows.csv')]))
-    assert not (tmp_path / 'rows.csv').exists()
-
-
-class Variant:
-    """One whose process is killed while the others run."""
-
-    def __init__(self, killed):
-        self.killed, self.facts, self.steps = killed, {}, 0
-
-    def train(self):
-        self.steps += 1
-        if self.killed and self.steps == 2:
-            threading.Timer(0.1, os._exit, [9]).start()
-        elif not self.killed:
-            time.sleep(1)
-
-
-def test_benchmark_whose_process_is_killed():
-    args = parse_args(['--rounds', '3', '--warmup', '0'])
-    with pytest.raises(SystemExit, match='benchmark: first: its process was killed, by lack of memory perhaps'):
-        interleave({'first': partial(Variant, True), 'second': partial(Variant, False)}, 'train', args)
-
-
 def test_gpu(tmp_path, capsys):
-    """The whole script, without a GPU; a part that fails costs only itself."""
+    """A part that fails costs only itself, and the rows of the benchmark become a table."""
     output = tmp_path / 'new'
     gpu.main([
-        '--output', str(output), '--device', 'cpu', '--tiny', '--parts', 'train', 'tests', 'speed', 'cifar', 'profile',
+        '--output', str(output), '--device', 'cpu', '--tiny', '--parts', 'train', 'speed',
         '--train-command', 'sh -c "echo no data; exit 3"'])
-    assert {p.name for p in output.iterdir()} == {
-        'train.txt', 'tests.txt', 'speed.txt', 'cifar.txt', 'profile.txt', 'results.csv'}
+    assert {p.name for p in output.iterdir()} == {'train.txt', 'speed.txt', 'results.csv'}
     assert 'no data\n== exit 3' in (output / 'train.txt').read_text()
-    assert 'calls, ' in (output / 'profile.txt').read_text()
-    with open(output / 'results.csv', newline='') as f:
-        assert [(row['bench'], row['model']) for row in csv.DictReader(f)] == [
-            ('inference', 'gunn15'), ('train', 'gunn15'), ('train', 'sunn15')]
+    assert [(row['bench'], row['model']) for row in rows(output / 'results.csv')] == [('inference', 'gunn15')]
     table = capsys.readouterr().out.split('outcome of its commands')[1]
-    assert re.findall(r'^\| (\w+) \| \d+ \| ([^|]*) \|', table, re.M) == [
-        ('train', 'exit 3'), ('tests', 'ok'), ('speed', 'ok'), ('cifar', 'ok'), ('profile', 'ok')]
-    assert len(re.findall(r'^\| (train|inference) \| [gs]unn15 \|', table, re.M)) == 3
+    assert re.findall(r'^\| (\w+) \| \d+ \| ([^|]*) \|', table, re.M) == [('train', 'exit 3'), ('speed', 'ok')]
+    assert len(re.findall(r'^\| inference \| gunn15 \|', table, re.M)) == 1
 
 
-def test_gpu_stops_what_hangs(tmp_path):
+@pytest.mark.parametrize('options', [[], ['--tiny', '--device', 'cpu']], ids=str)
+def test_commands_of_gpu(tmp_path, options):
+    """What they run is there, and takes their options."""
+    benchmarks = 0
+    for commands in gpu.commands(gpu.parse_args(['--output', str(tmp_path), *options])).values():
+        for command in filter(None, commands):
+            if command[1].endswith('benchmark.py'):
+                benchmark.parse_args(command[2:])
+                benchmarks += 1
+            else:
+                assert all(Path(word).exists() for word in command if word.endswith('.py'))
+    assert benchmarks == (3 if options else 9)
+
+
+def test_profile(capsys):
+    benchmark.bench_profile(benchmark.parse_args(['--models', 'sunn15', *SMALL_STEP]))
+    *table, total = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r'\| \d+\.\d\d \| \d+ \| `aten::convolution_backward` \|', row) for row in table)
+    assert re.fullmatch(r'sunn15, batch 2: \d+ calls, \d+\.\d ms', total)
+
+
+def test_gpu_stops_what_hangs(tmp_path, monkeypatch):
     """With all that it has started; what it printed stays, and the commands after it are told apart."""
-    log, mark = tmp_path / 'part.txt', tmp_path / 'mark'
-    hangs = ['sh', '-c', f'trap "" INT; echo started; (sleep 5; touch {mark}) & wait']
-    assert gpu.run_part([['nowhere'], ['true'], hangs, ['true']], 2, log) == [
+    monkeypatch.setattr(gpu, 'GRACE', 0.1)
+    log, mark, start = tmp_path / 'part.txt', tmp_path / 'mark', time.monotonic()
+    hangs = ['sh', '-c', f'trap "" INT; echo started; (sleep 2; touch {mark}) & wait']
+    assert gpu.run_part([['nowhere'], ['true'], hangs, ['true']], 1.1, log) == [
         "[Errno 2] No such file or directory: 'nowhere'", 'ok', 'stopped at the limit', 'no time left']
     assert 'started\n== stopped' in log.read_text()
-    time.sleep(1)
+    time.sleep(start + 2.2 - time.monotonic())
     assert not mark.exists()
-
-
-def test_benchmark_goes_on_without_what_fails(tmp_path, capsys):
-    args = parse_args([
-        '--models', 'vit_tiny_patch16_224', 'sunn15', '--bench', 'inference', '--img-size', '8', '--batch-size', '2',
-        '--rounds', '1', '--warmup', '0', '--csv', str(tmp_path / 'rows.csv')])
-    with pytest.raises(SystemExit, match='benchmark: failed, as said above: vit_tiny_patch16_224'):
-        bench_models(args)
-    assert 'benchmark: vit_tiny_patch16_224: AssertionError: ' in capsys.readouterr().out
-    with open(tmp_path / 'rows.csv', newline='') as f:
-        assert [row['model'] for row in csv.DictReader(f)] == ['sunn15']
 
 
 RESULTS = '''\
@@ -244,7 +299,7 @@ def test_results_table(tmp_path, capsys):
 
 def test_results_table_is_that_of_the_readme(capsys):
     results_table.main([])
-    assert capsys.readouterr().out in (EXAMPLES.parent / 'weights' / 'README.md').read_text()
+    assert capsys.readouterr().out in (ROOT / 'weights' / 'README.md').read_text()
 
 
 def test_training_dynamics(tmp_path, capsys):
@@ -285,7 +340,7 @@ esac
     def reproduce(returncode=0, **env):
         log.write_text('')
         result = subprocess.run(
-            [EXAMPLES.parent / 'weights' / 'reproduce.sh', 'data', 'timm'], capture_output=True, text=True,
+            [ROOT / 'weights' / 'reproduce.sh', 'data', 'timm'], capture_output=True, text=True,
             cwd=tmp_path, env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'LOG': str(log),
                  'OUTPUT': str(tmp_path / 'out'), 'EPOCHS': '7', 'TINY_EPOCHS': '3', 'SEEDS': '3 4', **env})
         assert result.returncode == returncode, result.stderr
@@ -315,7 +370,7 @@ esac
         ('gunn15.c100', 'CIFAR-100', 7, 'cpu'), ('sunn15.c100', 'CIFAR-100', 7, 'cpu')]
     assert reproduce() == ([], '')  # all done
     result = subprocess.run(
-        [EXAMPLES.parent / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'timm'], capture_output=True, text=True)
+        [ROOT / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'timm'], capture_output=True, text=True)
     assert result.returncode == 2
     assert 'usage: weights/reproduce.sh DATA TIMM' in result.stderr
 

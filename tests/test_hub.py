@@ -14,20 +14,19 @@ import threading
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
+from images import image_folder
 from PIL import Image
 
 from timm_gunn import verify
 from timm_gunn.verify import fingerprint_image, known_weights
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / 'examples'))
 MODEL, REPO = 'gunn15.c10', 'me/gunn15.c10'
 CLASSES = 10
 
@@ -108,14 +107,7 @@ def client(hub, client_of_all):
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for c in range(CLASSES):
-        (root / 'test' / f'class{c}').mkdir(parents=True)
-        for i in range(1 + c % 2):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / 'test' / f'class{c}' / f'{i}.png')
-    return root
+    return image_folder(tmp_path_factory.mktemp('images'), dict(test=2), CLASSES)
 
 
 @pytest.fixture(scope='module')
@@ -729,8 +721,7 @@ def test_weights_that_are_known_under_another_name(hub, publish):
     assert not hub.requests
 
 
-def test_folders_are_replaced_whole_or_not_at_all(publish, tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT))
+def test_folders_are_replaced_whole_or_not_at_all(publish, tmp_path):
     from weights.publish import replace
     old, new = tmp_path / 'old', tmp_path / 'temporary' / 'new'
     old.mkdir()

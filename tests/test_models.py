@@ -13,7 +13,7 @@ import timm.utils
 import torch
 import torch._dynamo.config
 import torch.nn as nn
-from networks import CIFAR, IMAGENET, MODELS, SMALL, composite_of, saved_bytes, small
+from networks import CIFAR, IMAGENET, KINDS, MODELS, SMALL, composite_of, saved_bytes, small, tiny
 from reference import randomise
 from safetensors.torch import load_file
 from timm.models import group_parameters
@@ -605,16 +605,16 @@ def assert_same_training(model, other, x):
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn18'])
 def test_compile(name, training):
-    model = randomise(small(name, dtype=torch.float64)).train(training)
+    model = randomise(tiny(name, dtype=torch.float64)).train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, backend='aot_eager')
     assert_same_training(model, compiled, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
 @pytest.mark.skipif(torch.__version__.startswith('2.8.'), reason='torch 2.8 compiles anew for odd sizes')
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', KINDS)
 def test_compile_with_dynamic_sizes(name):
     """One graph for images of any size, odd ones too."""
-    model = randomise(small(name, dtype=torch.float64)).eval()
+    model = randomise(tiny(name, dtype=torch.float64)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='aot_eager')
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
@@ -624,7 +624,7 @@ def test_compile_with_dynamic_sizes(name):
 
 
 def test_compile_with_inductor():
-    model = randomise(small('gunn15', channels=(4, 6, 4), segments=(2, 3, 2), dtype=torch.float64))
+    model = randomise(tiny('gunn15', dtype=torch.float64))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
     assert_same_training(model, compiled, torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
@@ -632,7 +632,7 @@ def test_compile_with_inductor():
 @pytest.mark.skipif(
     torch.__version__.startswith('2.8.'), reason='compiled code of torch 2.8 updates BN twice under checkpointing')
 def test_compile_with_grad_checkpointing():
-    model = small('gunn18', dtype=torch.float64)
+    model = tiny('gunn18', dtype=torch.float64)
     other = copy.deepcopy(model)
     other.set_grad_checkpointing()
     compiled = torch.compile(other, backend='aot_eager')
@@ -674,8 +674,8 @@ def test_fx_of_torchvision(name):
     assert_close(dict(extractor.named_buffers()), dict(model.named_buffers()))
 
 
-# Every network, and as backbones one of each kind.
-EXPORTED = [*((name, {}) for name in SMALL), ('gunn15', dict(features_only=True)),
+# One of each kind as a network, and two as backbones.
+EXPORTED = [*((name, {}) for name in KINDS), ('gunn15', dict(features_only=True)),
             ('gunn18', dict(features_only=True, output_stride=16))]
 
 
@@ -686,7 +686,7 @@ def assert_same_outputs(actual, expected):
 
 @pytest.mark.parametrize(('name', 'kwargs'), EXPORTED)
 def test_export_with_dynamic_shapes(name, kwargs):
-    model = randomise(small(name, **kwargs)).eval()
+    model = randomise(tiny(name, **kwargs)).eval()
     exported = torch.export.export(
         model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={'x': dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)})
     for shape in [(2, 3, 64, 96), (1, 3, 75, 33)]:
@@ -699,9 +699,7 @@ def test_export_with_dynamic_shapes(name, kwargs):
 @pytest.mark.parametrize(('name', 'kwargs'), EXPORTED)
 def test_onnx(name, kwargs, dynamo, tmp_path):
     import onnxruntime
-    # The exporter takes seconds for a hundred operations.
-    stages = len(SMALL[name]['channels'])
-    model = randomise(small(name, channels=(8, 12, 16, 20)[:stages], segments=(2, 2, 1, 1)[:stages], **kwargs)).eval()
+    model = randomise(tiny(name, **kwargs)).eval()
     path = str(tmp_path / 'model.onnx')
     axes = {0: 'b', 2: 'h', 3: 'w'}
     with warnings.catch_warnings():

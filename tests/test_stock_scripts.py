@@ -18,29 +18,20 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from images import image_folder
 
 CHECKOUT = os.environ.get('TIMM_CHECKOUT')
 if not CHECKOUT:
     pytest.skip('TIMM_CHECKOUT does not name a checkout of pytorch-image-models', allow_module_level=True)
 CHECKOUT = Path(CHECKOUT).resolve()
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
-    """An image folder of two classes, bright and dark noise: 16 training and 8 validation images of 32x32."""
-    from PIL import Image
-    root = tmp_path_factory.mktemp('images')
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 8), ('validation', 4)):
-        for label, base in (('bright', 120), ('dark', 0)):
-            (root / split / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(base, base + 130, (32, 32, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / label / f'{label}{i}.png')
-    return root
+    """16 training and 8 validation images of two classes, 32x32."""
+    return image_folder(tmp_path_factory.mktemp('images'), dict(train=8, validation=4))
 
 
 def run(script, *args, launcher=(), cwd=None, timeout=600):
@@ -108,7 +99,7 @@ def test_train_other_networks(images, tmp_path, model):
 
 @pytest.mark.parametrize('options', [
     pytest.param(['--torchcompile'], id='inductor'),
-    pytest.param(['--amp', '--amp-dtype', 'float16'], id='amp float16', marks=needs_gpu),
+    pytest.param(['--amp', '--amp-dtype', 'float16'], id='amp float16', marks=pytest.mark.gpu),
 ])
 def test_train_costly_options(images, tmp_path, options):
     run('train.py', *train_args(images, tmp_path), *options, timeout=1200)
@@ -232,17 +223,8 @@ def test_average_and_clean_checkpoints(images, checkpoints, tmp_path):
 
 @pytest.fixture(scope='session')
 def ten_classes(tmp_path_factory):
-    """An image folder of ten classes of noise, 40 training and 30 validation images of 32x32."""
-    from PIL import Image
-    root = tmp_path_factory.mktemp('ten')
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 4), ('validation', 3)):
-        for label in range(10):
-            (root / split / f'class{label}').mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(130, (32, 32, 3), generator=generator, dtype=torch.uint8) + 10 * label
-                Image.fromarray(pixels.numpy()).save(root / split / f'class{label}' / f'{i}.png')
-    return root
+    """40 training and 30 validation images of ten classes, 32x32."""
+    return image_folder(tmp_path_factory.mktemp('ten'), dict(train=4, validation=3), classes=10)
 
 
 def test_publish_a_checkpoint_of_train(ten_classes, tmp_path):

@@ -4,7 +4,7 @@ Those tests choose their models by list_models(), by a list of timm's module nam
 are replaced by the networks of this package, so that none is left out for not being part of timm.
 """
 import importlib.util
-from functools import partial
+from functools import partial, wraps
 from unittest import mock
 
 import pytest
@@ -62,6 +62,10 @@ EXACT = ('test_feature_getter_stage_ends_torchscript',)
 # Tests over all models that run each several times.
 COSTLY = ('test_prune_intermediate_layers_contract',)
 
+# Networks that are wider versions of others: they are whole in the tests named here, and narrow in all others.
+WIDE = 'gunn24', 'sunn24', 'wide_gunn18'
+WHOLE = 'test_model_forward', 'test_model_default_cfgs'
+
 
 def _over_our_models(test, **kwargs):
     """A test with literal names, or a costly one, for narrow versions of our models."""
@@ -71,6 +75,18 @@ def _over_our_models(test, **kwargs):
     def run(model_name):
         with mock.patch.object(_timm_tests, 'create_model', create_model):
             test(model_name, **kwargs)
+    return run
+
+
+def _with_narrow_models(test):
+    """A test over all models, for narrow versions of the wide ones."""
+    def create_model(name, **kwargs):
+        return (_create_narrow_model if name in WIDE else timm.create_model)(name, **kwargs)
+
+    @wraps(test)
+    def run(*args, **kwargs):
+        with mock.patch.object(_timm_tests, 'create_model', create_model):
+            test(*args, **kwargs)
     return run
 
 
@@ -86,7 +102,7 @@ for _name, _test in list(vars(_timm_tests).items()):
     if _name in LITERAL or _name in COSTLY:
         globals()[_name] = _over_our_models(_test, **LITERAL.get(_name, {}))
     elif _name.startswith('test_') and _parameters_over_models(_test):
-        globals()[_name] = _test
+        globals()[_name] = _test if _name in WHOLE else _with_narrow_models(_test)
 
 
 MISSING = [name for name in LITERAL if not hasattr(_timm_tests, name)]

@@ -40,6 +40,7 @@ from .aten_norm import AtenNorm, Params, stats_dtype, unflatten
 aten = torch.ops.aten
 
 BLOCK, CUDA_BLOCK = 64, 160  # columns of the segments in a block, if these are more than one
+CONV_ROWS = 1024  # from which on convolutions take the place of products with few columns on a CPU
 TRITON = True  # Triton kernels for norms on CUDA devices
 
 
@@ -84,7 +85,7 @@ class OrderedLayer:
                 p = p._replace(mean=stats[2 * i], variance=stats[2 * i + 1])
             # On a CPU, small maps are sooner scaled than large weights.
             elif fold and p.mean.numel() and (x.is_cuda or p.weight[0].numel() <= self.rows):
-                p = _folded(p, e, stats_dtype(dtype))
+                p = folded(p, e, stats_dtype(dtype))
             self.convs.append(Conv(p, e, batch_stats, self.rows, segments, dtype))
         depth = len(eps) // 3
         self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
@@ -124,7 +125,7 @@ class OrderedLayer:
         """Outputs of a convolution of units [start, stop) on one and the same state."""
         rows = conv.rows(start, stop)
         weight, bias = conv.weight[rows], None if conv.bias is None else conv.bias[rows]
-        if state.is_cuda or self.rows < 1024:
+        if state.is_cuda or self.rows < CONV_ROWS:
             return _linear(state, weight, bias)
         return self._conv2d(state, weight[:, :, None, None], bias)
 
@@ -302,7 +303,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec('triton') is not None
 
 
-def _folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
+def folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
     """A convolution with a bias that does what it and its norm do."""
     none = p.gamma.new_empty(0)
     weight, gamma, beta, mean, variance = (t.to(dtype) for t in p)
