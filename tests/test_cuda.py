@@ -8,7 +8,7 @@ from networks import composite_of, small
 from test_fused import LOW_PRECISION, make_layer
 from torch.testing import assert_close
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+pytestmark = pytest.mark.gpu
 DEVICE = 'cuda'
 
 

@@ -161,7 +161,7 @@ def test_benchmark_whose_process_is_killed(forked, capsys):
 
 @pytest.mark.parametrize(('options', 'message'), [
     (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
-    (['--models', 'gunn15:fast'], "one of composite, library, folded, products, got 'gunn15:fast'"),
+    (['--models', 'gunn15:fast'], "expected a model of timm, and behind a colon one of composite, "),
     (['--models', 'gunn'], "expected a model of timm, and behind a colon one of"),
     (['--reference', 'gunn15'], "--reference must be one of ['gunn18', "),
     (['--graphs'], '--graphs needs --device cuda, got cpu')])
@@ -218,7 +218,7 @@ def test_benchmark_counts_the_operator_as_on_a_gpu(kind):
         assert [calls[name][2] for name in ('_statistics', '_forward', '_gradient_sums')] == [2 * 3, 2 * 5, 2 * 3]
     else:
         assert calls['threshold_backward'] == [2 * 2 * 4 * 2 * hidden, 0, 2 * 2]
-        assert calls['batch_norm_update_stats'] == [2 * 4 * (2 * (hidden + 2 * 4) + own + 2 * 2), 0, 2 * 3]
+        assert calls['batch_norm_update_stats'] == [2 * 4 * (2 * (hidden + 4 * 4) + own + 4 * 2), 0, 2 * 3]
 
 
 def test_benchmark_prints_counts(capsys):

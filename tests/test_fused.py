@@ -19,8 +19,7 @@ import timm_gunn.ordered
 from timm_gunn import Gunn, GunnLayer, unstack_model
 from timm_gunn.checks import obstacle
 
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
-DEVICES = ['cpu', pytest.param('cuda', marks=CUDA)]
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # in the process of test_triton_norm.py
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -47,14 +46,7 @@ def both_paths(layer, *args, **kwargs):
     return run(layer, *args, **kwargs), run(composite_of(layer), *args, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """CUDA convolutions of float32 round to TF32 unless told otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-
-
-@pytest.fixture(params=['library', pytest.param('triton', marks=pytest.mark.skipif(
-    os.environ.get('TRITON_INTERPRET') != '1', reason="in the process of test_triton_norm.py"))])
+@pytest.fixture(params=['library', *(['triton'] if INTERPRETED else [])])
 def norm_kernels(request, monkeypatch):
     """All implementations of the norms; those of CUDA devices run on the CPU too."""
     if request.param == 'triton':
@@ -152,7 +144,6 @@ def low_precision_errors(layer, x, w, param_dtype, autocast):
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('residual', [True, False])
 @pytest.mark.parametrize('kind', LOW_PRECISION)
-@pytest.mark.parametrize('device', DEVICES)
 def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, training, monkeypatch):
     """No error above twice the composite's, in blocks of several segments.
 
@@ -169,7 +160,7 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
         assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
 
 
-@pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') != '1', reason='in the process of test_triton_norm.py')
+@pytest.mark.skipif(not INTERPRETED, reason='in the process of test_triton_norm.py')
 def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
@@ -186,7 +177,6 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
 
 @pytest.mark.parametrize('block', [1, 12])
 @pytest.mark.parametrize('kind', [*LOW_PRECISION, 'float32'])
-@pytest.mark.parametrize('device', DEVICES)
 def test_inference_is_as_precise_as_the_composite(device, kind, block, monkeypatch):
     """Norms with given statistics become a part of the weights; means of several deviations are no harm."""
     monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', block)
@@ -207,7 +197,6 @@ def test_inference_is_as_precise_as_the_composite(device, kind, block, monkeypat
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('residual', [True, False])
-@pytest.mark.parametrize('device', DEVICES)
 def test_float32(device, residual, training, norm_kernels):
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
@@ -220,7 +209,6 @@ def test_float32(device, residual, training, norm_kernels):
 
 
 @pytest.mark.parametrize('kind', [*LOW_PRECISION, 'float32'])
-@pytest.mark.parametrize('device', DEVICES)
 def test_large_inputs_do_not_blur_gradients_of_small_updates(device, kind):
     """Without residual, y may be far smaller than x; a unit's weights have met it in the columns before its segment."""
     torch.manual_seed(0)
@@ -518,7 +506,6 @@ def test_compiles_under_autocast(training):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 def test_cuda_graph(training):
     """A captured step, replayed on other values, gives what the layer gives without capture."""

@@ -17,8 +17,6 @@ import timm_gunn.layer
 from timm_gunn import GunnLayer, unstack_model
 from timm_gunn.layer import Bottleneck
 
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
-
 # n, p, k, m
 SIZES = [(12, 3, 2, 1), (12, 4, 1, 2), (8, 8, 3, 1), (10, 1, 2, 2), (6, 2, 2, 3)]
 
@@ -401,8 +399,8 @@ def low_precision_errors(layer, ref, x, run):
 @pytest.mark.parametrize('ordered', [True, False])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(('device', 'dtype'), [
-    ('cpu', torch.float32), ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=CUDA),
-    pytest.param('cuda', torch.float16, marks=CUDA)])
+    ('cpu', torch.float32), ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param('cuda', torch.float16, marks=pytest.mark.gpu)])
 def test_dtype_and_memory_format_are_kept(ordered, memory_format, device, dtype):
     layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)
     layer, ref = layer.to(device, dtype, memory_format=memory_format), ref.to(device, dtype)
@@ -415,8 +413,8 @@ def test_dtype_and_memory_format_are_kept(ordered, memory_format, device, dtype)
 
 
 @pytest.mark.parametrize(('device', 'dtype'), [
-    ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=CUDA),
-    pytest.param('cuda', torch.float16, marks=CUDA)])
+    ('cpu', torch.bfloat16), pytest.param('cuda', torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param('cuda', torch.float16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_autocast(ordered, device, dtype):
     layer, ref = make_pair((16, 4, 2, 2), ordered=ordered, shortcut=True)

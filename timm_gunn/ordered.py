@@ -228,7 +228,7 @@ class OrderedLayer:
             a = conv2.norm.activate(i, h2)
             d = conv3.norm.backward(i, received, conv3.unit(i, a) if conv3.norm.reads_input else None)
             conv3.add_gradient(d, a)
-            d = conv2.norm.backward(i, d @ conv3.weights[i], h2, a)
+            d = conv2.norm.backward(i, torch.mm(d, conv3.weights[i]), h2, a)
             a = conv1.norm.activate(i, h1)
             d = self._conv3x3_backward(i, conv2, d, a)
             d = conv1.norm.backward(i, d, h1, a, out=None if j else outs[0])
@@ -237,7 +237,7 @@ class OrderedLayer:
                 if conv1.needs[0]:
                     h = conv3.unit(i, conv2.norm.activate(i, saved[2 * j - 1]))
                     conv1.add_gradient(d, conv3.norm.apply(i, h))
-                received = d @ conv1.weights[i]
+                received = torch.mm(d, conv1.weights[i])
         return [d, *sent]
 
     def _conv3x3_backward(self, i: int, conv: 'Conv', grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,7 @@ class Conv:
     def add_gradient(self, d: torch.Tensor, x: torch.Tensor) -> None:
         """Keep the gradient of the next unit's weight, d^T x."""
         if self.needs[0]:
-            self.grads.append(d.t() @ x)
+            self.grads.append(torch.mm(d.t(), x))
 
     def gradients(self) -> List[torch.Tensor]:
         """Of weight, gamma and beta, in their dtypes and strides; empty if not needed."""
@@ -342,7 +342,7 @@ def _map(x: torch.Tensor, shape: Tuple[int, int, int]) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
@@ -350,4 +350,4 @@ def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:
     if g.dtype == d.dtype:
         g.addmm_(d, weight)
     else:
-        g += d @ weight
+        g += torch.mm(d, weight)
