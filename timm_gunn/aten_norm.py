@@ -52,17 +52,24 @@ class AtenNorm:
         self.grad_betas: List[torch.Tensor] = []
         self.zeros = params.gamma.new_zeros(0, dtype=stats_dtype(dtype))
         if self.exists:
-            self.fold = self._fold(len(params.gamma) // segments, params.gamma.device)
-            known = [t.to(stats_dtype(dtype)).view(segments, -1) for t in params[1:] if t.numel()]
+            self.fold = self._fold(params.gamma, segments)
+            known = [self._repeat(t.to(stats_dtype(dtype)).view(segments, -1)) for t in params[1:] if t.numel()]
             # gamma, beta, mean and variance of each unit; the last two are still to come where they are the batch's
-            self.vectors = list(zip(*[self._repeat(t).unbind() for t in known], strict=True))
+            self.vectors = list(zip(*[t.unbind() for t in known], strict=True))
+            self._prepare(known[0], known[-1])
 
-    def _fold(self, width: int, device: torch.device) -> int:
-        lanes, fold = 64 // self.dtype.itemsize, 1
-        if device.type == 'cpu' and self.rows * width >= 2 ** 13:
+    def _fold(self, gamma: torch.Tensor, segments: int) -> int:
+        width, lanes, fold = len(gamma) // segments, 64 // self.dtype.itemsize, 1
+        if not gamma.is_cuda and self.rows * width >= 2 ** 13:
             while fold * width % lanes and fold < lanes and self.rows % (2 * fold) == 0:
                 fold *= 2
         return fold
+
+    def _prepare(self, gamma: torch.Tensor, variance: torch.Tensor) -> None:
+        """Make ready what all units use; the variance is not known yet in a forward pass that measures it."""
+        # Given running statistics of float32, PyTorch's kernels return float32 for an h of 16 bits too.
+        self.running = gamma.new_zeros(2, gamma.shape[1])
+        self.inv_stds = (variance + self.eps).rsqrt_().unbind()
 
     def _wide(self, h: torch.Tensor) -> torch.Tensor:
         return h if self.fold == 1 else h.view(self.rows // self.fold, -1)
@@ -82,9 +89,7 @@ class AtenNorm:
 
     def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         h = self._wide(h)
-        # Given running statistics of float32, the kernel returns float32 for an h of 16 bits too.
-        running = h.new_zeros(2, h.shape[1], dtype=stats_dtype(self.dtype))
-        mean, variance = aten.batch_norm_update_stats(h, *running.unbind(), 0.0)
+        mean, variance = aten.batch_norm_update_stats(h, *self.running.unbind(), 0.0)
         if self.fold > 1:
             within = variance.view(self.fold, -1).sum(0)
             between, mean = torch.var_mean(mean.view(self.fold, -1), 0, correction=0)
@@ -168,11 +173,9 @@ class AtenNorm:
 
     def _backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         gamma, _, mean, variance = self.vectors[i]
-        inv_std = (variance + self.eps).rsqrt_()
-        scale = gamma * inv_std
+        inv_std, one_kernel = self.inv_stds[i], grad.is_cuda  # on a CPU, several calls are faster
         if not self.reads_input:
-            return (grad * scale).to(self.dtype)
-        one_kernel = grad.is_cuda  # on a CPU, what follows is faster
+            return (grad * (gamma * inv_std)).to(self.dtype)
         grad_h, *sums = aten.native_batch_norm_backward(
             grad, h, gamma, mean, variance, mean, inv_std, self.batch and one_kernel, self.eps,
             [one_kernel, True, True])
@@ -181,6 +184,7 @@ class AtenNorm:
         self.grad_betas.append(grad_beta)
         if one_kernel:
             return grad_h
+        scale = gamma * inv_std
         if not self.batch:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h

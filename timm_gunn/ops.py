@@ -93,7 +93,7 @@ def _setup_context(ctx, inputs, output):
         raise RuntimeError('timm_gunn::ordered_update: an input requires a gradient, expected keep=True.')
     ctx.set_materialize_grads(False)  # no zeros in the size of the saved tensors
     # A later step in training mode may update given statistics before the backward pass of this one.
-    params = [t.clone() if k % 5 > 2 else t for k, t in enumerate(params)]
+    params = [t.clone() if k % 5 > 2 and t.numel() else t for k, t in enumerate(params)]
     tensors = x, y, *params, *stats, *saved, *([] if kept is None else [kept])  # no None, for torchviz
     ctx.config, ctx.num_params, ctx.num_stats, ctx.has_kept = config, len(params), len(stats), kept is not None
     ctx.save_for_backward(*tensors)

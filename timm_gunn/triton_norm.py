@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .aten_norm import AtenNorm, Params
+from .aten_norm import AtenNorm
 
 # Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
 PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
@@ -205,14 +205,12 @@ def _backward(
 class TritonNorm(AtenNorm):
     """AtenNorm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
 
-    def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
-        super().__init__(params, eps, batch_stats, rows, segments, dtype)
-        width = len(params.weight) // segments
-        self.lanes = triton.next_power_of_2(width)
-        self.partials = self.zeros.new_empty(SUM[0], 2, width)
-        self.ticket = self.zeros.new_zeros(1, dtype=torch.int32)
+    def _prepare(self, gamma: torch.Tensor, variance: torch.Tensor) -> None:
+        self.lanes = triton.next_power_of_2(gamma.shape[1])
+        self.partials = gamma.new_empty(SUM[0], 2, gamma.shape[1])
+        self.ticket = gamma.new_zeros(1, dtype=torch.int32)
 
-    def _fold(self, width: int, device: torch.device) -> int:
+    def _fold(self, gamma: torch.Tensor, segments: int) -> int:
         return 1
 
     def _blocks(self, shape: Tuple[int, int, int], *matrices: torch.Tensor) -> Tuple[int, int, int, dict]:
