@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .fused import ordered_update
 
@@ -191,8 +192,8 @@ class GunnLayer(nn.Module):
         # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
         if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return 'a trace or export takes the operations one by one'
-        if not torch.compiler.is_compiling() and _transformed():
-            return 'torch.func and forward-mode derivatives need the operations one by one'
+        if not torch.compiler.is_compiling() and (_transformed() or is_in_torch_dispatch_mode(False)):
+            return 'torch.func, forward-mode derivatives and dispatch modes need the operations one by one'
         if x.device.type not in ('cpu', 'cuda', 'meta'):
             return f'device {x.device.type}'
         dtype = _compute_dtype(x)
@@ -229,7 +230,8 @@ class GunnLayer(nn.Module):
         """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
         convs = self._conv_norms()
         sliced = [self.bottlenecks, *self.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
-        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
+        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
+               for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
         odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
         odd += filter(None, map(_unsliceable, convs))
         if odd:
@@ -239,7 +241,7 @@ class GunnLayer(nn.Module):
         if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             warnings.warn(
                 'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
-                'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=2)
+                'them; make plain modules of its units first, with timm_gunn.unstack_model(model).', stacklevel=1)
 
     def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
