@@ -141,6 +141,7 @@ def test_activations_that_share_a_parameter_in_safetensors(tmp_path):
 
 
 def test_plain_form_is_initialised_as_the_stacked_one():
+    torch.manual_seed(0)
     plain = unstack_model(timm.create_model('gunn15'))
     plain.init_weights()
     unit = plain.stage2.layer.units[0].bottlenecks[0]
