@@ -290,27 +290,12 @@ def test_other_exports_of_the_plain_form(name):
         assert_close(form(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-class LowRank(nn.Module):
-    """An adapter of a weight, as a parametrisation."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.a = nn.Parameter(torch.full((len(weight), 1), 0.1 / len(weight)))
-        self.b = nn.Parameter(torch.ones(1, weight[0].numel()))
-
-    def forward(self, weight):
-        return weight + (self.a @ self.b).view_as(weight)
-
-
 MODIFICATIONS = {
     'structured pruning': (
         lambda conv: nn.utils.prune.ln_structured(conv, 'weight', 0.5, 2, 0),
         lambda conv: nn.utils.prune.remove(conv, 'weight')),
     'weight norm': (
         nn.utils.parametrizations.weight_norm, lambda c: nn.utils.parametrize.remove_parametrizations(c, 'weight')),
-    'low-rank adapters': (
-        lambda conv: nn.utils.parametrize.register_parametrization(conv, 'weight', LowRank(conv.weight)),
-        lambda conv: nn.utils.parametrize.remove_parametrizations(conv, 'weight')),
 }
 
 
@@ -339,7 +324,7 @@ def test_modified_convolutions(name, kind):
 
 @pytest.mark.parametrize('name', ['resnet18', 'gunn15'])
 def test_replaced_convolutions(name):
-    """As adapters and quantisers wrap them, module by module."""
+    """As low-rank adapters and quantisers wrap them, module by module."""
 
     class Wrapped(nn.Module):
         def __init__(self, conv):

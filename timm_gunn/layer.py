@@ -233,7 +233,7 @@ class GunnLayer(nn.Module):
         odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
                for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
         odd += [type(b).__name__ for b in self.bottlenecks if type(b) is not Bottleneck]
-        odd += filter(None, map(_unsliceable, convs))
+        odd += [what for what in map(_unsliceable, convs) if what]
         if odd:
             raise TypeError(
                 f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; '
