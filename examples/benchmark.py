@@ -41,7 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from common import Row, machine, read_csv, write_csv
-from step_calls import Count, RecordProducts
+from step_calls import Count, RecordProducts, fused_in_modes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,7 +190,7 @@ class Products:
 
     def __init__(self, spec: str, bench: str, args: argparse.Namespace):
         network = Network(spec, bench, argparse.Namespace(**{**vars(args), 'compile': None}))
-        with RecordProducts() as recorder:
+        with fused_in_modes(), RecordProducts() as recorder:
             getattr(network, bench)()
         self.calls = recorder.calls
         # Its memory would be that of the recording.
@@ -466,7 +466,7 @@ def counted(network: Network) -> Count:
             mock.patch('timm_gunn.triton_norm.launch', counter.launch) if has_triton() else nullcontext()):
         network.model.to_empty(device='cpu')
         network.x = torch.empty_like(network.x)
-        with counter:
+        with fused_in_modes(), counter:
             network.forward().sum().backward()
     return counter
 

@@ -642,6 +642,16 @@ def test_settings_that_the_operator_knows(same):
     assert_close(layer.state_dict(), composite.state_dict())
 
 
+@pytest.mark.parametrize('settings', [
+    dict(stride=(2, 2)), dict(groups=2, weight=nn.Parameter(torch.randn(24, 12, 3, 3)))], ids=['stride', 'groups'])
+def test_settings_that_do_not_fit(settings):
+    """Are an error of torch, as with one module per unit."""
+    layer = make_layer(12, 3)
+    change_convs(CONV2[0], **settings)(layer)
+    with pytest.raises(RuntimeError, match=r'must match the size|8 channels'):
+        layer(torch.randn(2, 12, 6, 5))
+
+
 def test_global_hooks_are_called():
     """As of tools that follow every module there is; each activation is called by every unit."""
     layer, calls = GunnLayer(12, 3), []

@@ -191,6 +191,16 @@ def replace_forward(module):
     return module
 
 
+def replace_call(module):
+    module._call_impl = lambda x: x
+    return module
+
+
+def to_mkldnn(module):
+    from torch.utils import mkldnn  # warns that torch.jit is deprecated
+    return mkldnn.to_mkldnn(module)
+
+
 def prune(module):
     return nn.utils.prune.random_unstructured(module, 'weight', 0.5)
 
@@ -205,12 +215,14 @@ CHANGES = {
     'wrapped convolution': ('conv1.conv', nn.Sequential, 'a ConvNorm of Sequential'),
     'subclass': ('conv1.conv', lambda m: timm.layers.StdConv2d(12, 24, 1), 'StdConv2d'),
     'scripted convolution': ('conv1.conv', torch.jit.script, 'RecursiveScriptModule'),
+    'mkldnn convolution': ('conv1.conv', to_mkldnn, 'MkldnnConv2d'),
     'parametrised convolution': ('conv1.conv', nn.utils.parametrizations.weight_norm, 'ParametrizedConv2d'),
     'padding': ('conv2.conv', lambda m: nn.Conv2d(24, 24, 3, padding=1, padding_mode='reflect', groups=3), 'reflect'),
     'pruned convolution': ('conv2.conv', prune, 'weight_orig'),
     'spectral norm': ('conv2.conv', nn.utils.spectral_norm, 'weight_orig'),
     'weight norm': ('conv2.conv', nn.utils.weight_norm, 'weight_g'),
     'convolution with another forward': ('conv1.conv', replace_forward, 'a Conv2d whose forward is replaced'),
+    'convolution with another call, as by nncf': ('conv1.conv', replace_call, 'a Conv2d whose forward is replaced'),
     'bottleneck with another forward': ('', replace_forward, 'a Bottleneck whose forward is replaced'),
     'other bottleneck': ('', lambda m: OddBottleneck(12, 24, 3), 'OddBottleneck'),
 }

@@ -332,6 +332,18 @@ def test_init_weights_after_meta(name, context):
     assert torch.isfinite(model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))).all()
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'gunn15'])
+def test_assigned_float16_weights(name):
+    """They keep their dtype, as torch says; then float() makes a network that runs."""
+    source = (randomise(small(name)) if name in SMALL else timm.create_model(name)).eval()
+    state = {k: v.half() if v.ndim > 1 else v for k, v in source.state_dict().items()}  # as in the published files
+    model = (small if name in SMALL else timm.create_model)(name, device='meta').eval()
+    model.load_state_dict(state, assign=True)
+    source.load_state_dict(state)
+    x = torch.randn(1, 3, 32, 32)
+    assert_close(model.float()(x), source(x), rtol=0, atol=0)
+
+
 # --- Feature maps ---
 
 @pytest.mark.parametrize('name', MODELS)

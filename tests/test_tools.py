@@ -11,8 +11,10 @@ import torch.nn as nn
 import torch.nn.utils.prune
 from networks import SMALL, small
 from reference import randomise
+from safetensors.torch import load_file, save_model
 from test_layer import CONVERSIONS, make_pair
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,7 +134,17 @@ def test_plain_weights_are_loaded_by_timm(tmp_path, caplog):
         model.load_state_dict({k.removeprefix('backbone.'): v for k, v in state.items()})
 
 
+def test_activations_that_share_a_parameter_in_safetensors(tmp_path):
+    """As of any network: save_model writes it once."""
+    layers = [GunnLayer(12, 3, act_layer=nn.PReLU) for _ in range(2)]
+    layers[0].bottlenecks[0].act1.weight.data.fill_(0.5)
+    save_model(unstack_model(layers[0]), tmp_path / 'plain.safetensors')
+    layers[1].load_state_dict(load_file(tmp_path / 'plain.safetensors'))
+    assert_close(*[dict(layer.state_dict()) for layer in layers], rtol=0, atol=0)
+
+
 def test_plain_form_is_initialised_as_the_stacked_one():
+    torch.manual_seed(0)
     plain = unstack_model(timm.create_model('gunn15'))
     plain.init_weights()
     unit = plain.stage2.layer.units[0].bottlenecks[0]
@@ -169,14 +181,29 @@ def leaf_calls(model, x):
     return set(calls.values()), sum(flops), sum(p.numel() for m in calls for p in m.parameters(recurse=False))
 
 
+class Convolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize('name', [STOCK, 'gunn18', 'gunn24', 'sunn18'])
-def test_counting_by_hooks(name):
-    """As thop, torchinfo and torchsummary count. Every leaf once, and FLOPs and parameters in full."""
+def test_counting(name):
+    """By operations, as ptflops does; and by hooks in the plain form, as thop, torchinfo and torchsummary do.
+
+    Every leaf once, and FLOPs and parameters in full.
+    """
     model = timm.create_model(name, device='meta').eval()
     x = torch.randn(1, 3, *[224 if '18' in name else 32] * 2, device='meta')
     with FlopCounterMode(display=False) as counter:
         model(x)
-    calls, flops, params = leaf_calls(unstack_model(model), x)
+    with Convolutions() as convolutions:
+        model(x)
+    plain = unstack_model(model)
+    assert convolutions.count == sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    calls, flops, params = leaf_calls(plain, x)
     assert calls == {1}
     assert flops == counter.get_total_flops()
     assert params == sum(p.numel() for p in model.parameters())
@@ -266,29 +293,12 @@ def test_other_exports_of_the_plain_form(name):
         assert_close(form(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-class LowRank(nn.Module):
-    """An adapter of a weight, as a parametrisation."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.a = nn.Parameter(torch.full((len(weight), 1), 0.1 / len(weight)))
-        self.b = nn.Parameter(torch.ones(1, weight[0].numel()))
-
-    def forward(self, weight):
-        return weight + (self.a @ self.b).view_as(weight)
-
-
 MODIFICATIONS = {
-    'unstructured pruning': (
-        lambda conv: nn.utils.prune.l1_unstructured(conv, 'weight', 0.5), lambda c: nn.utils.prune.remove(c, 'weight')),
     'structured pruning': (
         lambda conv: nn.utils.prune.ln_structured(conv, 'weight', 0.5, 2, 0),
         lambda conv: nn.utils.prune.remove(conv, 'weight')),
     'weight norm': (
         nn.utils.parametrizations.weight_norm, lambda c: nn.utils.parametrize.remove_parametrizations(c, 'weight')),
-    'low-rank adapters': (
-        lambda conv: nn.utils.parametrize.register_parametrization(conv, 'weight', LowRank(conv.weight)),
-        lambda conv: nn.utils.parametrize.remove_parametrizations(conv, 'weight')),
 }
 
 
@@ -317,7 +327,7 @@ def test_modified_convolutions(name, kind):
 
 @pytest.mark.parametrize('name', ['resnet18', 'gunn15'])
 def test_replaced_convolutions(name):
-    """As adapters and quantisers wrap them, module by module."""
+    """As low-rank adapters and quantisers wrap them, module by module."""
 
     class Wrapped(nn.Module):
         def __init__(self, conv):
@@ -355,10 +365,12 @@ def test_guided_backprop_by_hooks_of_activations(stacked):
     assert (guided - before).norm() > 0.1 * before.norm()
 
 
-def test_grad_cam_of_a_unit():
+@pytest.mark.parametrize(('name', 'conv'), [
+    ('resnet18', 'layer2.0.conv1'), ('gunn15', 'stage2.layer.units.1.bottlenecks.0.conv2.conv')])
+def test_grad_cam(name, conv):
     """Activations and gradients of one convolution, by hooks; the gradient by a difference quotient."""
-    model, x = network('gunn15', dtype=torch.float64), torch.randn(1, 3, 16, 16, dtype=torch.float64)
-    conv, seen = model.stage2.layer.units[1].bottlenecks[0].conv2.conv, {}
+    model, x = network(name, dtype=torch.float64), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    conv, seen = model.get_submodule(conv), {}
     handle = conv.register_forward_hook(lambda m, args, y: y.register_hook(lambda g: seen.update(grad=g)) and None)
     logit = model(x)[0, 3]
     logit.backward()
@@ -366,6 +378,35 @@ def test_grad_cam_of_a_unit():
     direction = torch.randn_like(seen['grad'])
     conv.register_forward_hook(lambda m, args, y: y + 1e-6 * direction)
     assert ((model(x)[0, 3] - logit) / 1e-6).item() == pytest.approx((seen['grad'] * direction).sum().item(), rel=1e-3)
+
+
+def offload(module):
+    """As accelerate does it, replace forward by one for whose time alone the tensors are there."""
+    tensors, forward = [*module.parameters(), *module.buffers()], module.forward
+    kept = [t.data for t in tensors]
+
+    def run(x):
+        for t, data in zip(tensors, kept, strict=True):
+            t.data = data
+        y = forward(x)
+        for t in tensors:
+            t.data = t.new_empty(0)
+        return y
+
+    module.forward = run
+
+
+@pytest.mark.parametrize(('name', 'stacked'), [('resnet18', False), ('gunn15', False), ('gunn15', True)])
+def test_offloading(name, stacked):
+    """Module by module in the plain form, layers as a whole in the stacked one."""
+    model, x = randomise(small(name)).eval() if stacked else network(name), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    offloaded = [m for m in model.modules() if (isinstance(m, GunnLayer) if stacked else m._parameters)]
+    for m in offloaded:
+        offload(m)
+    with torch.no_grad():
+        assert_close(model(x), expected)
+    assert sum(p.numel() for m in offloaded for p in m.parameters()) == 0
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'gunn15', 'sunn15'])
@@ -422,3 +463,25 @@ def test_fully_shard(process_group, kind):
                 sharded(x)
         else:
             assert_close(step(sharded, x), expected)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'gunn15', 'gunn15 stacked', 'sunn15'])
+@pytest.mark.filterwarnings('ignore')  # FSDP1 is deprecated
+def test_fsdp1(process_group, name):
+    """Layers as a whole; with MixedPrecision, which wraps every norm, the plain form alone."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    model = randomise(small('gunn15')).eval() if 'stacked' in name else network(name)
+    x = torch.randn(2, 3, 32, 32)
+    for precision in (None, MixedPrecision(*[torch.bfloat16] * 3)):
+        sharded = FullyShardedDataParallel(
+            copy.deepcopy(model), auto_wrap_policy=ModuleWrapPolicy({GunnLayer, nn.Sequential}),
+            mixed_precision=precision, device_id=torch.device('cpu'), use_orig_params=True)
+        if precision and 'stacked' in name:
+            with pytest.raises(TypeError, match=r'cannot stand for .*FullySharded.*unstack_model'):
+                sharded(x)
+        else:
+            y = sharded(x)
+            assert (y - model(x)).norm() < (0.05 if precision else 1e-6) * y.norm()
+            y.sum().backward()
+            assert all(p.grad is not None for p in sharded.parameters())

@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn as nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import norms
 
@@ -16,8 +17,8 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
     # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return 'a trace or export takes the operations one by one'
-    if not torch.compiler.is_compiling() and _transformed():
-        return 'torch.func and forward-mode derivatives need the operations one by one'
+    if not torch.compiler.is_compiling() and (_transformed() or is_in_torch_dispatch_mode(False)):
+        return 'torch.func, forward-mode derivatives and dispatch modes need the operations one by one'
     autocast, dtype = _autocasts(x), compute_dtype(x)
     known = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
     if not known or x.dtype not in (dtype, torch.float32):
@@ -49,7 +50,8 @@ def check_slices(layer: nn.Module) -> None:
     """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
     convs = layer._conv_norms()
     sliced = [layer.bottlenecks, *layer.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
-    odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if 'forward' in m.__dict__]
+    odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
+           for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
     # Other classes may do something else in their forward.
     odd += [f'a {type(m).__name__}' for m in (*layer.bottlenecks, *convs) if type(m).__module__ != 'timm_gunn.layer']
     for c in convs:
@@ -66,7 +68,7 @@ def check_slices(layer: nn.Module) -> None:
     if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
         warnings.warn(
             'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
-            f'them; {advice}', stacklevel=2)
+            f'them; {advice}', stacklevel=1)
 
 
 def _has_hooks(module: nn.Module) -> bool:
