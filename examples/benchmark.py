@@ -10,8 +10,8 @@
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator (`:checkpointed`, with checkpoints
 by stage), `NAME:library` one without Triton kernels in it, `NAME:folded` (inference) a model with its norms folded by
 timm, `NAME:products` the matrix products and convolutions of a model's step alone, not compiled: what it would take if
-all else were free (attention counts as such). `:unblocked`, `:unfolded`, `:narrow` and `:matmul` switch off what the
-operator gains by blocks, folding, wide rows and convolutions in place of products: see timm_gunn/ordered.py.
+all else were free (attention counts as such). `:unblocked-forward`, `:unblocked-backward`, `:unfolded`, `:narrow` and
+`:matmul` switch off what the operator gains by blocks, folding, wide rows and convolutions in place of products.
 Every round runs one step of each variant, one after the other, so that a drift of the machine's speed meets all of
 them, and every other round backwards; ratios are taken within a round. Times are medians over the rounds, with the
 interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
@@ -81,7 +81,8 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     'folded': timm.utils.reparameterize_model,
     'products': lambda model: model,  # see Products
     # The operator without one of its devices.
-    'unblocked': switched('ordered.BLOCK', 1),
+    'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
+    'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
     'unfolded': switched('ordered.folded', lambda params, *_: params),
     'narrow': switched('aten_norm.AtenNorm._fold', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),

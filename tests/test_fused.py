@@ -64,7 +64,8 @@ def test_random_layers(seed, norm_kernels, monkeypatch):
     shape = (2, 22, 27) if seed % 4 == 0 else (rng.choice([1, 2, 3]), rng.choice([2, 3, 6]), rng.choice([1, 4, 5]))
     options = dict(
         shortcut=rng.random() < 0.4, residual=rng.random() < 0.7, dilation=rng.choice([1, 1, 2]))
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', rng.randint(1, segments) * width)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, rng.randint(1, segments) * width)
     layer, ref = make_pair(size, **options)
     training = rng.random() < 0.7
     layer.train(training)
@@ -104,7 +105,8 @@ def test_gradcheck(residual):
     (True, 'blocks of one')])
 def test_opcheck(shortcut, kind, training, monkeypatch):
     if kind == 'blocks of one':
-        monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
+        for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+            monkeypatch.setattr(timm_gunn.ordered, name, 1)
     layer = make_layer(6, 3, 2, shortcut=shortcut).train(training)
     if kind == 'folded':
         layer = timm.utils.reparameterize_model(layer)
@@ -149,7 +151,8 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
 
     There are enough values for the errors not to hang on a few that are rounded to the other side of a ReLU.
     """
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 12)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, 12)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
     layer(2 * torch.randn(8, 64, 8, 8))  # statistics that are near those of x, but others
@@ -165,7 +168,8 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
     monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 12)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, 12)
     torch.manual_seed(0)
     layer = make_layer(16, 4, shortcut=True)
     x, w = torch.randn(2, 8, 16, 16, 16)  # float32: the rounded state is another matrix
@@ -179,7 +183,8 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
 @pytest.mark.parametrize('kind', [*LOW_PRECISION, 'float32'])
 def test_inference_is_as_precise_as_the_composite(device, kind, block, monkeypatch):
     """Norms with given statistics become a part of the weights; means of several deviations are no harm."""
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', block)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, block)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, shortcut=True, dilation=2)
     layer(5 + 2 * torch.randn(8, 64, 8, 8))
@@ -375,14 +380,15 @@ def backward_products(layer, x):
 
 
 def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, 1)
     layer = make_layer(32, 4)
     x = torch.randn(2, 32, 6, 6, requires_grad=True)
     conv1, conv2, conv3 = (72 * v for v in (32 * 64, 9 * 64 * 16, 64 * 8))
     # For the input and the weight of each convolution; and conv3 once more, for its output.
     assert backward_products(layer, x) == 2 * conv1 + 2 * conv2 + 3 * conv3
-    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs.
-    assert backward_products(layer, x.detach()) == (1 + 6 / 16) * conv1 + 2 * conv2 + 3 * conv3
+    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs, and 4 more in blocks of one.
+    assert backward_products(layer, x.detach()) == (1 + 10 / 16) * conv1 + 2 * conv2 + 3 * conv3
     for p in layer.parameters():
         p.requires_grad_(False)
     assert backward_products(layer, x) == conv1 + conv2 + 2 * conv3
@@ -391,7 +397,8 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
 @pytest.mark.parametrize('norm_trained', [True, False])
 def test_no_work_for_gradients_of_frozen_bottlenecks(norm_trained, norm_kernels, monkeypatch):
     """With fixed statistics, outputs of the last convolutions are wanted for the gradients of the norms' gammas."""
-    monkeypatch.setattr(timm_gunn.ordered, 'BLOCK', 1)
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, 1)
     layer = make_layer(32, 4, 2, 2).eval()
     for name, p in layer.named_parameters():
         p.requires_grad_(norm_trained and 'bn' in name)

@@ -173,18 +173,20 @@ class AtenNorm:
 
     def _backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         gamma, _, mean, variance = self.vectors[i]
-        inv_std, one_kernel = self.inv_stds[i], grad.is_cuda  # on a CPU, several calls are faster
-        if not self.reads_input:
-            return (grad * (gamma * inv_std)).to(self.dtype)
-        grad_h, *sums = aten.native_batch_norm_backward(
-            grad, h, gamma, mean, variance, mean, inv_std, self.batch and one_kernel, self.eps,
-            [one_kernel, True, True])
-        grad_gamma, grad_beta = sums if self.fold == 1 else (t.view(self.fold, -1).sum(0) for t in sums)
-        self.grad_gammas.append(grad_gamma)
-        self.grad_betas.append(grad_beta)
-        if one_kernel:
+        inv_std = self.inv_stds[i]
+        if grad.is_cuda and self.reads_input:  # on a CPU, several calls are faster than this one
+            grad_h, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+                grad, h, gamma, mean, variance, mean, inv_std, self.batch, self.eps, [True, True, True])
+            self.grad_gammas.append(grad_gamma)
+            self.grad_betas.append(grad_beta)
             return grad_h
         scale = gamma * inv_std
+        if self.reads_input:
+            _, *sums = aten.native_batch_norm_backward(
+                grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
+            grad_gamma, grad_beta = sums if self.fold == 1 else (t.view(self.fold, -1).sum(0) for t in sums)
+            self.grad_gammas.append(grad_gamma)
+            self.grad_betas.append(grad_beta)
         if not self.batch:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h

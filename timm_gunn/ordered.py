@@ -24,8 +24,8 @@ others only x.
 
 Neighbouring segments form blocks that share products: the narrower a segment, the more often all N columns would be
 read for a product with few. Forward, a block's units read the state before it in one product, and each adds what
-`change` contributes. Backward, what they send to one another's columns is passed on unit by unit, all else in one
-product. The weights' gradients are two products, as if the block had met nothing but y, and nothing but x.
+`change` contributes. Backward, what they send to the block's own columns is passed on unit by unit, all else in one
+product. Their weights' gradients are computed as if they had met x in the block; what they met as y is put right after.
 """
 import functools
 import importlib.util
@@ -39,7 +39,8 @@ from .aten_norm import AtenNorm, Params, stats_dtype, unflatten
 
 aten = torch.ops.aten
 
-BLOCK, CUDA_BLOCK = 64, 160  # columns of the segments in a block, if these are more than one
+# Columns of the segments in a block, if these are more than one.
+FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
 CONV_ROWS = 1024  # from which on convolutions take the place of products with few columns on a CPU
 TRITON = True  # Triton kernels for norms on CUDA devices
 
@@ -90,8 +91,6 @@ class OrderedLayer:
         depth = len(eps) // 3
         self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
-        size = min(segments, max(1, (CUDA_BLOCK if x.is_cuda else BLOCK) // self.width))
-        self.blocks = [(start, min(start + size, segments)) for start in range(0, segments, size)]
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
         """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, h of each unit."""
@@ -99,7 +98,7 @@ class OrderedLayer:
         out = _matrix(y)
         state = out if x.dtype == self.dtype else out.to(self.dtype)  # what is read is rounded, the residual is not
         saved: List[torch.Tensor] = []
-        for start, stop in self.blocks:
+        for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda else FORWARD_BLOCK):
             shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
             change = state.new_empty(self.rows, (stop - start - 1) * self.width)
             for i in range(start, stop):
@@ -116,6 +115,11 @@ class OrderedLayer:
                     change[:, self._columns(i - start, i - start + 1)] if i + 1 < stop else None)
         stats = [t for conv in self.convs for t in conv.norm.batch_statistics()]
         return y.contiguous(memory_format=memory_format(x)), stats, saved
+
+    def _blocks(self, columns: int) -> List[Tuple[int, int]]:
+        """First segment of each block, and the one after its last."""
+        size = min(self.segments, max(1, columns // self.width))
+        return [(start, min(start + size, self.segments)) for start in range(0, self.segments, size)]
 
     def _columns(self, start: int, stop: int) -> slice:
         """Columns of segments [start, stop) in the state."""
@@ -172,46 +176,39 @@ class OrderedLayer:
         for i, conv in enumerate(self.convs):
             conv.needs = needs[5 * i:5 * i + 3]
             conv.norm.affine_needed = any(conv.needs[1:])
-
-        unit = torch.arange(self.segments, device=x.device)
-        earlier = (unit < unit[:, None])[:, None, :, None]  # segments before a unit's own
-        in_block = (unit >= (unit - unit % self.blocks[0][1])[:, None])[:, None, :, None]
-        unsent = [torch.where(earlier & in_block, 0, self._quads(conv.weight)).view_as(conv.weight)
-                  for conv in self.readers]
-        by_x_and_y = {}  # gradients of weights as if all units had met x, and y
         for conv in self.readers:
-            if conv.needs[0]:
-                conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype)
-                by_x_and_y[conv] = conv.grad.view_as(conv.weight), torch.empty_like(conv.weight)
+            conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
+
         count = len(saved) // self.segments
-        for start, stop in reversed(self.blocks):
+        for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
+            before, own, after = (
+                self._columns(*ends) for ends in ((0, start), (start, stop), (stop, self.segments)))
+            # The block's own columns, apart: products that add to few columns of many are slow.
+            g_own = g[:, own].contiguous()
             sent = [g.new_empty(self.rows, conv.width * (stop - start), dtype=self.dtype) for conv in self.readers]
+            slots = [t.chunk(stop - start, 1) for t in sent]
             for i in reversed(range(start, stop)):
-                before, own = self._columns(start, i), self._columns(i, i + 1)
-                outs = [t.chunk(stop - start, 1)[i - start] for t in sent]
-                d = self._unit_backward(i, g[:, own], saved[i * count:(i + 1) * count], outs)
+                received = g_own[:, self._columns(i - start, i - start + 1)]
+                d = self._unit_backward(
+                    i, received, saved[i * count:(i + 1) * count], [t[i - start] for t in slots])
                 if not self.residual:
-                    g[:, own].zero_()
-                if i > start:
-                    for conv, d_k in zip(self.readers, d, strict=True):
-                        _accumulate(g[:, before], d_k, conv.weights[i][:, before])
-            columns = slice(None) if x_needed else self._columns(0, start)
-            met_y, met_x = self._columns(0, stop - 1), self._columns(start, self.segments)
-            for conv, d, w in zip(self.readers, sent, unsent, strict=True):
-                rows = conv.rows(start, stop)
-                _accumulate(g[:, columns], d, w[rows, columns])
-                if conv in by_x_and_y:
-                    by_x, by_y = by_x_and_y[conv]
-                    torch.mm(d.t(), xs[:, met_x], out=by_x[rows, met_x])
-                    torch.mm(d.t(), ys[:, met_y], out=by_y[rows, met_y])
-        for by_x, by_y in by_x_and_y.values():
-            torch.where(earlier, self._quads(by_y), self._quads(by_x), out=self._quads(by_x))
+                    received.zero_()
+                for conv, d_k in zip(self.readers, d, strict=True):
+                    _accumulate(g_own, d_k, conv.weights[i][:, own])
+            g[:, own] = g_own
+            for conv, d in zip(self.readers, sent, strict=True):
+                weight = conv.weight[conv.rows(start, stop)]
+                _accumulate(g[:, before], d, weight[:, before])
+                if x_needed:
+                    _accumulate(g[:, after], d, weight[:, after])
+                if conv.needs[0]:
+                    torch.mm(d.t(), ys[:, before], out=conv.grad_rows(start, stop)[:, before])
+                    torch.mm(d.t(), xs[:, own.start:], out=conv.grad_rows(start, stop)[:, own.start:])
+                    for i in range(start + 1, stop):  # has met earlier units' segments of the block as y
+                        met, d_i = self._columns(start, i), d.chunk(stop - start, 1)[i - start]
+                        torch.mm(d_i.t(), ys[:, met], out=conv.grad_rows(i, i + 1)[:, met])
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
-
-    def _quads(self, weight: torch.Tensor) -> torch.Tensor:
-        """View a weight as (units, rows of a unit, segments, columns of a segment)."""
-        return weight.view(self.segments, -1, self.segments, self.width)
 
     def _unit_backward(
             self, i: int, received: torch.Tensor, saved: List[torch.Tensor], outs: List[torch.Tensor],
@@ -271,6 +268,10 @@ class Conv:
     def rows(self, start: int, stop: int) -> slice:
         """Rows of units [start, stop) in the weight."""
         return slice(start * self.width, stop * self.width)
+
+    def grad_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of units [start, stop) in the gradient of the weight."""
+        return self.grad.view_as(self.weight)[self.rows(start, stop)]
 
     def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Output of unit i."""
