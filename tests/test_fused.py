@@ -387,8 +387,8 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
     conv1, conv2, conv3 = (72 * v for v in (32 * 64, 9 * 64 * 16, 64 * 8))
     # For the input and the weight of each convolution; and conv3 once more, for its output.
     assert backward_products(layer, x) == 2 * conv1 + 2 * conv2 + 3 * conv3
-    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs, and 4 more in blocks of one.
-    assert backward_products(layer, x.detach()) == (1 + 10 / 16) * conv1 + 2 * conv2 + 3 * conv3
+    # Without that of x, what units send to segments before theirs is left: 6 of 16 pairs.
+    assert backward_products(layer, x.detach()) == (1 + 6 / 16) * conv1 + 2 * conv2 + 3 * conv3
     for p in layer.parameters():
         p.requires_grad_(False)
     assert backward_products(layer, x) == conv1 + conv2 + 2 * conv3

@@ -179,34 +179,33 @@ class OrderedLayer:
         for conv in self.readers:
             conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
 
-        count = len(saved) // self.segments
+        per_unit = len(saved) // self.segments
         for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
-            before, own, after = (
-                self._columns(*ends) for ends in ((0, start), (start, stop), (stop, self.segments)))
-            # The block's own columns, apart: products that add to few columns of many are slow.
-            g_own = g[:, own].contiguous()
-            sent = [g.new_empty(self.rows, conv.width * (stop - start), dtype=self.dtype) for conv in self.readers]
-            slots = [t.chunk(stop - start, 1) for t in sent]
+            before, own, count = self._columns(0, start), self._columns(start, stop), stop - start
+            # What units pass on within the block goes to a copy. G gets all that they send in one product, later.
+            passed = g[:, own].clone(memory_format=torch.contiguous_format)
+            sent = [g.new_empty(self.rows, conv.width * count, dtype=self.dtype) for conv in self.readers]
+            slots = list(zip(*[t.chunk(count, 1) for t in sent], strict=True))
             for i in reversed(range(start, stop)):
-                received = g_own[:, self._columns(i - start, i - start + 1)]
-                d = self._unit_backward(
-                    i, received, saved[i * count:(i + 1) * count], [t[i - start] for t in slots])
-                if not self.residual:
-                    received.zero_()
-                for conv, d_k in zip(self.readers, d, strict=True):
-                    _accumulate(g_own, d_k, conv.weights[i][:, own])
-            g[:, own] = g_own
+                received = passed[:, self._columns(i - start, i - start + 1)]
+                d = self._unit_backward(i, received, saved[i * per_unit:(i + 1) * per_unit], slots[i - start])
+                if i > start:
+                    for conv, d_k in zip(self.readers, d, strict=True):
+                        _accumulate(
+                            passed[:, self._columns(0, i - start)], d_k, conv.weights[i][:, self._columns(start, i)])
+            if not self.residual:  # x_i is read by the units up to i alone
+                g[:, own] -= passed
+            wanted = slice(None) if x_needed else before
             for conv, d in zip(self.readers, sent, strict=True):
-                weight = conv.weight[conv.rows(start, stop)]
-                _accumulate(g[:, before], d, weight[:, before])
-                if x_needed:
-                    _accumulate(g[:, after], d, weight[:, after])
+                rows = conv.rows(start, stop)
+                _accumulate(g[:, wanted], d, conv.weight[rows, wanted])
                 if conv.needs[0]:
-                    torch.mm(d.t(), ys[:, before], out=conv.grad_rows(start, stop)[:, before])
-                    torch.mm(d.t(), xs[:, own.start:], out=conv.grad_rows(start, stop)[:, own.start:])
+                    grad = conv.grad.view_as(conv.weight)[rows]
+                    torch.mm(d.t(), ys[:, before], out=grad[:, before])
+                    torch.mm(d.t(), xs[:, own.start:], out=grad[:, own.start:])
                     for i in range(start + 1, stop):  # has met earlier units' segments of the block as y
-                        met, d_i = self._columns(start, i), d.chunk(stop - start, 1)[i - start]
-                        torch.mm(d_i.t(), ys[:, met], out=conv.grad_rows(i, i + 1)[:, met])
+                        met, own_rows = self._columns(start, i), conv.rows(i - start, i - start + 1)
+                        torch.mm(d[:, own_rows].t(), ys[:, met], out=grad[own_rows, met])
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
 
@@ -268,10 +267,6 @@ class Conv:
     def rows(self, start: int, stop: int) -> slice:
         """Rows of units [start, stop) in the weight."""
         return slice(start * self.width, stop * self.width)
-
-    def grad_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of units [start, stop) in the gradient of the weight."""
-        return self.grad.view_as(self.weight)[self.rows(start, stop)]
 
     def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Output of unit i."""
