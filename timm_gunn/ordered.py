@@ -26,6 +26,20 @@ Neighbouring segments form blocks that share products: the narrower a segment, t
 read for a product with few. Forward, a block's units read the state before it in one product, and each adds what
 `change` contributes. Backward, what they send to the block's own columns is passed on unit by unit, all else in one
 product. Their weights' gradients are computed as if they had met x in the block; what they met as y is put right after.
+
+What each device is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
+(`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
+for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composites training of 3):
+
+| device | KIND | GUNN-18 | GUNN-15 |
+|---|---|---|---|
+| blocks forward | unblocked-forward | a segment fills a block | 1.20 / 1.08, 1.09 / 1.17 |
+| blocks backward | unblocked-backward | 1.03 / -, 1.00 / - | 1.00 / -, 1.12 / - |
+| rows as wide ones (aten_norm.py) | narrow | 1.01 / -, 0.97 / - | 1.21 / 1.00, 1.31 / 1.01 |
+| convolutions for products with few columns | matmul | 1.07 / 1.48, 1.00 / 0.96 | 1.18 / 1.31, 1.05 / 1.03 |
+| norms folded in passing | unfolded | - / 1.12, - / 1.09 | - / 1.05, - / 1.06 |
+| all: the composite of modules | composite | 1.21 / 1.45, - / 1.31 | 1.74 / 2.34, - / 2.12 |
+| and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
 """
 import functools
 import importlib.util
