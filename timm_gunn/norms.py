@@ -105,5 +105,3 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
 def rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     """Slice of a tensor, or None of none."""
     return None if t is None else t[start:stop]
-
-

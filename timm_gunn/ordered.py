@@ -16,16 +16,17 @@ others only x.
 
 | name | shape | |
 |---|---|---|
-| h1, h2 | rows, hidden | outputs of the first two convolutions, and the projection's: kept for the backward pass |
-| h3, received | rows, o | output of the third, o = N / P; gradient of the unit's update |
+| h1, h2 | rows, hidden | outputs of the first two convolutions (with the projection's, o columns: all that is kept) |
+| h3, received | rows, o | output of the third, o = N / P; gradient of what a unit, or a bottleneck in it, puts out |
 | a, d | as h | activation relu(norm(h)); gradient of h |
 | change | rows, columns of a block | y_j - x_j for the block's segments so far |
 | sent | rows, hidden of a block | d of a convolution that reads the state: conv1 or the projection |
 
-Neighbouring segments form blocks that share products: the narrower a segment, the more often all N columns would be
-read for a product with few. Forward, a block's units read the state before it in one product, and each adds what
-`change` contributes. Backward, what they send to the block's own columns is passed on unit by unit, all else in one
-product. Their weights' gradients are computed as if they had met x in the block; what they met as y is put right after.
+The narrower a segment, the more often the whole state is read for few output columns. So neighbouring segments form
+blocks that share products. Forward, a block's units read the state before it in one product, and each adds what
+`change` contributes. Backward, a copy of the block's columns of G carries what its units send each other, and G gets
+all that they send in one product. Their weights' gradients are computed as if they had met x in the block; the columns
+that they have met as y are overwritten.
 
 What each device is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
 (`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
@@ -33,10 +34,10 @@ for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composite
 
 | device | KIND | GUNN-18 | GUNN-15 |
 |---|---|---|---|
-| blocks forward | unblocked-forward | a segment fills a block | 1.20 / 1.08, 1.09 / 1.17 |
+| blocks forward | unblocked-forward | - (one segment is a block) | 1.20 / 1.08, 1.09 / 1.17 |
 | blocks backward | unblocked-backward | 1.03 / -, 1.00 / - | 1.00 / -, 1.12 / - |
 | rows as wide ones (aten_norm.py) | narrow | 1.01 / -, 0.97 / - | 1.21 / 1.00, 1.31 / 1.01 |
-| convolutions for products with few columns | matmul | 1.07 / 1.48, 1.00 / 0.96 | 1.18 / 1.31, 1.05 / 1.03 |
+| state read by convolutions, not products | matmul | 1.07 / 1.48, 1.00 / 0.96 | 1.18 / 1.31, 1.05 / 1.03 |
 | norms folded in passing | unfolded | - / 1.12, - / 1.09 | - / 1.05, - / 1.06 |
 | all: the composite of modules | composite | 1.21 / 1.45, - / 1.31 | 1.74 / 2.34, - / 2.12 |
 | and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
@@ -53,9 +54,9 @@ from .aten_norm import AtenNorm, Params, stats_dtype, unflatten
 
 aten = torch.ops.aten
 
-# Columns of the segments in a block, if these are more than one.
+# Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
-CONV_ROWS = 1024  # from which on convolutions take the place of products with few columns on a CPU
+CONV_ROWS = 1024  # from which on a CPU reads the state by a 1x1 convolution instead of a product
 TRITON = True  # Triton kernels for norms on CUDA devices
 
 
@@ -151,12 +152,13 @@ class OrderedLayer:
             self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], dilation: int = 1,
     ) -> torch.Tensor:
         padding = dilation * (weight.shape[2] // 2)
-        return _matrix(F.conv2d(_map(x, self.map_shape), weight, bias, padding=padding, dilation=dilation))
+        y = F.conv2d(_map(x, self.map_shape), weight, bias, padding=padding, dilation=dilation)
+        return _matrix(y.contiguous(memory_format=torch.channels_last))
 
     def _unit(
             self, i: int, reads: List[torch.Tensor], saved: Optional[List[torch.Tensor]],
     ) -> List[Tuple[AtenNorm, torch.Tensor]]:
-        """Last norms of unit i, with what they are applied to, from the outputs of the readers."""
+        """Run unit i, from the outputs of its readers, up to its last norms; returns these, each with its input."""
         keep, norm, h = saved is not None, None, reads[0]
         for conv1, conv2, conv3 in self.bottlenecks:
             if norm is not None:
@@ -197,7 +199,8 @@ class OrderedLayer:
         for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
             before, own, count = self._columns(0, start), self._columns(start, stop), stop - start
             # What units pass on within the block goes to a copy. G gets all that they send in one product, later.
-            passed = g[:, own].clone(memory_format=torch.contiguous_format)
+            dtype = g.dtype if self.residual else stats_dtype(self.dtype)
+            passed = g[:, own].to(dtype, copy=True, memory_format=torch.contiguous_format)
             sent = [g.new_empty(self.rows, conv.width * count, dtype=self.dtype) for conv in self.readers]
             slots = list(zip(*[t.chunk(count, 1) for t in sent], strict=True))
             for i in reversed(range(start, stop)):
@@ -207,7 +210,7 @@ class OrderedLayer:
                     for conv, d_k in zip(self.readers, d, strict=True):
                         _accumulate(
                             passed[:, self._columns(0, i - start)], d_k, conv.weights[i][:, self._columns(start, i)])
-            if not self.residual:  # x_i is read by the units up to i alone
+            if not self.residual:  # what units after i send to y_i is not x_i's: less that, more all of it below
                 g[:, own] -= passed
             wanted = slice(None) if x_needed else before
             for conv, d in zip(self.readers, sent, strict=True):
