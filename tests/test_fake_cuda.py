@@ -60,5 +60,5 @@ def test_operator(x_dtype, param_dtype, dtype, options, training):
                 y, stats, saved = outputs = forward._init_fn(x, params, *config, keep)
                 assert described(outputs) == described(forward._abstract_fn(x, params, *config, keep))
             assert [t.numel() > 0 for t in stats] == [training] * len(stats)
-            args = torch.empty_like(y), x, y, saved, [True] * (1 + len(params)), params, stats, *config
+            args = torch.empty_like(y), x, y, saved, params, stats, kept, [True] * (1 + len(params)), *config[1:]
             assert described(backward._init_fn(*args)) == described(backward._abstract_fn(*args))

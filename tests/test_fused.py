@@ -126,8 +126,8 @@ def test_opcheck(shortcut, kind, training, monkeypatch):
     y, stats, saved = timm_gunn.ops.ordered_update(*args, True)
     detach = lambda ts: [t.detach() for t in ts]  # noqa: E731
     needs = [True] + [k % 5 < 3 and t.numel() > 0 for k, t in enumerate(params)]
-    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(saved), needs, detach(params), detach(stats)
-    torch.library.opcheck(timm_gunn.ops.ordered_update_backward, (*tensors, *args[2:]))
+    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(saved), detach(params), detach(stats), kept
+    torch.library.opcheck(timm_gunn.ops.ordered_update_backward, (*tensors, needs, *args[3:]))
 
 
 LOW_PRECISION = {

@@ -23,9 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 
-from . import norms
+from . import norms, ops  # noqa: F401 (ops registers the operator)
 from .checks import check_slices, compute_dtype, obstacle
-from .ops import ordered_update
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -112,10 +111,10 @@ class GunnLayer(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f'GunnLayer: expected an input (B, {self.channels}, H, W), got {list(x.shape)}.')
         check_slices(self)
-        reason = obstacle(self, x) if self.fused else 'fused=False'
+        reason = obstacle(self, x) if self.fused else ''
         if reason is None:
             return self._forward_fused(x)
-        if not torch.compiler.is_compiling():
+        if reason and not torch.compiler.is_compiling():
             _logger.debug('GunnLayer: not fused, %s.', reason)
         return self._forward_ordered(x)
 
@@ -150,7 +149,8 @@ class GunnLayer(nn.Module):
         kept, dtype = self._kept(x), compute_dtype(x)
         if not self.residual:  # nothing of x but what the convolutions read
             x = x.to(dtype)
-        y, stats, _ = ordered_update(
+        # Looked up anew: a package that is imported again registers anew, and this layer may be of the one before.
+        y, stats, _ = torch.ops.timm_gunn.ordered_update.default(
             x, params, None if kept is None else kept.flatten(1),
             [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.bottlenecks[0].conv2.conv.dilation[0],
             self.residual, dtype,

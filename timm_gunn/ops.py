@@ -59,10 +59,10 @@ def ordered_update_backward(
         x: torch.Tensor,
         y: torch.Tensor,
         saved: List[torch.Tensor],
-        needs: List[bool],
         params: List[torch.Tensor],
         stats: List[torch.Tensor],
         kept: Optional[torch.Tensor],
+        needs: List[bool],
         eps: List[float],
         segments: int,
         dilation: int,
@@ -79,7 +79,7 @@ def ordered_update_backward(
 
 
 @ordered_update_backward.register_fake
-def fake_update_backward(grad, x, y, saved, needs, params, *_):
+def fake_update_backward(grad, x, y, saved, params, stats, kept, needs, *_):
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
     return grad_x, [
         torch.empty_like(t) if need else t.new_empty(0)
@@ -112,7 +112,7 @@ def _backward(ctx, grad, *_):
     params, tensors = tensors[:ctx.num_params], tensors[ctx.num_params:]
     stats, saved = tensors[:ctx.num_stats], tensors[ctx.num_stats:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    grad_x, grads = ordered_update_backward(grad, x, y, saved, needs, params, stats, kept, *ctx.config)
+    grad_x, grads = ordered_update_backward(grad, x, y, saved, params, stats, kept, needs, *ctx.config)
     it = iter(grads)
     grads = [next(it) if k % 5 < 3 else None for k in range(ctx.num_params)]
     return (
@@ -131,7 +131,8 @@ def _flops(x_shape, params_shapes, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.timm_gunn.ordered_update_backward)
-def _backward_flops(grad_shape, x_shape, y_shape, saved_shapes, needs, params_shapes, *_, **__) -> int:
+def _backward_flops(
+        grad_shape, x_shape, y_shape, saved_shapes, params_shapes, stats_shapes, kept_shape, needs, *_, **__) -> int:
     """FLOPs of the gradients, without what is computed again: the same as of the composite."""
     batch, _, height, width = x_shape
     return 2 * batch * height * width * sum(
