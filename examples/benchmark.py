@@ -84,7 +84,7 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
     'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
     'unfolded': switched('ordered.folded', lambda params, *_: params),
-    'narrow': switched('aten_norm.AtenNorm._fold', lambda *_: 1),
+    'narrow': switched('aten_norm.AtenNorm._pack', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),
 }
 

@@ -80,7 +80,7 @@ def test_drop_path(norm_kernels, monkeypatch):
     torch.manual_seed(0)
     layer = make_layer(12, 3, shortcut=True).double()
     kept = 2.0 * torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 0]])[:, :, None, None]
-    monkeypatch.setattr(GunnLayer, '_kept', lambda self, x: kept.to(x.dtype))
+    monkeypatch.setattr(GunnLayer, '_drop_scale', lambda self, x: kept.to(x.dtype))
     x, w = torch.randn(2, 3, 12, 4, 5, dtype=torch.float64)
     for fused, composite in zip(*both_paths(layer, x, w), strict=True):
         assert_close(fused, composite)
@@ -248,10 +248,10 @@ def test_float32_input_under_autocast_keeps_the_scale_of_its_updates(monkeypatch
     torch.manual_seed(0)
     layer = make_layer(64, 16, drop_path=0.1)
     x = torch.randn(8, 64, 8, 8)
-    monkeypatch.setattr(layer, '_kept', lambda x: torch.full((8, 16, 1, 1), 1 / 0.9, dtype=x.dtype))
+    monkeypatch.setattr(layer, '_drop_scale', lambda x: torch.full((8, 16, 1, 1), 1 / 0.9, dtype=x.dtype))
     with torch.autocast('cpu', torch.bfloat16):
         update = layer(x) - x
-    monkeypatch.setattr(layer, '_kept', lambda x: None)
+    monkeypatch.setattr(layer, '_drop_scale', lambda x: None)
     exact = layer.double()(x.double()) - x
     # The first segment has the same input on both sides, so that nothing but its own rounding lies between them.
     update, exact = update[:, :4].double(), exact[:, :4] / 0.9
@@ -675,7 +675,7 @@ def test_saved_tensors_are_tensors(kept):
     """As torchviz expects, which draws them."""
     layer = make_layer(12, 3, drop_path=0.5 * kept)
     node = layer(torch.randn(2, 12, 3, 3, requires_grad=True)).grad_fn
-    while not node.name().startswith('Generated'):
+    while not type(node).__name__.startswith('Generated'):
         node = node.next_functions[0][0]
     assert len(node.saved_tensors) > 10
     assert all(isinstance(t, torch.Tensor) for t in node.saved_tensors)

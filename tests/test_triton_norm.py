@@ -94,8 +94,8 @@ class TestTritonNorm:
         exact_h = h.double().requires_grad_()
         z, factor, term, mean, variance = linear(norm, exact_h)
         if batch:
-            assert_near(norm.means[1], mean, norm.zeros.dtype)
-            assert_near(norm.variances[1], variance, norm.zeros.dtype)
+            assert_near(norm.means[1], mean, norm.empty.dtype)
+            assert_near(norm.variances[1], variance, norm.empty.dtype)
 
         a = (norm.activate if relu else norm.apply)(1, h)
         assert_near(a, z.relu() if relu else z, dtype)
@@ -108,8 +108,8 @@ class TestTritonNorm:
         assert_near(grad_h, exact_h.grad, dtype)
         assert torch.equal(grad, before)
         largest = (factor.grad.abs().max() + size[0]).item()
-        assert_near(norm.grad_gammas[0] / largest, factor.grad / largest, norm.zeros.dtype)
-        assert_near(norm.grad_betas[0] / largest, term.grad / largest, norm.zeros.dtype)
+        assert_near(norm.grad_gammas[0] / largest, factor.grad / largest, norm.empty.dtype)
+        assert_near(norm.grad_betas[0] / largest, term.grad / largest, norm.empty.dtype)
 
 
 @pytest.mark.parametrize('relu', [False, True], ids=['linear', 'relu'])
@@ -149,7 +149,8 @@ class TestTritonUpdate:
         expected_change = exact if add else exact - state.double()
         if add:
             exact = exact + segment.double()
-        norm.update(1, h, (other, t) if two else None, None, add, segment, None if state is segment else state, change)
+        norm.update(1, h, segment, (other, t) if two else None, add=add, state=None if state is segment else state,
+                    change=change)
         assert_near(segment, exact, out_dtype)
         assert_near(state, exact, dtype)
         assert_near(change, expected_change, dtype)

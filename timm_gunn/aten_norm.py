@@ -50,33 +50,34 @@ class AtenNorm:
         self.variances: List[torch.Tensor] = []
         self.grad_gammas: List[torch.Tensor] = []  # from the last unit to the first
         self.grad_betas: List[torch.Tensor] = []
-        self.zeros = params.gamma.new_zeros(0, dtype=stats_dtype(dtype))
+        self.empty = params.gamma.new_zeros(0, dtype=stats_dtype(dtype))
         if self.exists:
-            self.fold = self._fold(params.gamma, segments)
+            self.pack = self._pack(params.gamma, segments)
             known = [self._repeat(t.to(stats_dtype(dtype)).view(segments, -1)) for t in params[1:] if t.numel()]
             # gamma, beta, mean and variance of each unit; the last two are still to come where they are the batch's
             self.vectors = list(zip(*[t.unbind() for t in known], strict=True))
-            self._prepare(known[0], known[-1])
+            self._prepare(known)
 
-    def _fold(self, gamma: torch.Tensor, segments: int) -> int:
-        width, lanes, fold = len(gamma) // segments, 64 // self.dtype.itemsize, 1
+    def _pack(self, gamma: torch.Tensor, segments: int) -> int:
+        width, lanes, pack = len(gamma) // segments, 64 // self.dtype.itemsize, 1
         if not gamma.is_cuda and self.rows * width >= 2 ** 13:
-            while fold * width % lanes and fold < lanes and self.rows % (2 * fold) == 0:
-                fold *= 2
-        return fold
+            while pack * width % lanes and pack < lanes and self.rows % (2 * pack) == 0:
+                pack *= 2
+        return pack
 
-    def _prepare(self, gamma: torch.Tensor, variance: torch.Tensor) -> None:
-        """Make ready what all units use; the variance is not known yet in a forward pass that measures it."""
+    def _prepare(self, known: List[torch.Tensor]) -> None:
+        """Make ready what all units use of `vectors`, (P, channels) each."""
         # Given running statistics of float32, PyTorch's kernels return float32 for an h of 16 bits too.
-        self.running = gamma.new_zeros(2, gamma.shape[1])
-        self.inv_stds = (variance + self.eps).rsqrt_().unbind()
+        self.running = known[0].new_zeros(2, known[0].shape[1])
+        if len(known) == 4:
+            self.inv_stds = (known[3] + self.eps).rsqrt_().unbind()
 
     def _wide(self, h: torch.Tensor) -> torch.Tensor:
-        return h if self.fold == 1 else h.view(self.rows // self.fold, -1)
+        return h if self.pack == 1 else h.view(self.rows // self.pack, -1)
 
     def _repeat(self, t: torch.Tensor) -> torch.Tensor:
         """Repeat (channels,), or (P, channels), for the channels of wide rows."""
-        return t if self.fold == 1 else torch.cat([t] * self.fold, -1)
+        return t if self.pack == 1 else torch.cat([t] * self.pack, -1)
 
     def measure(self, h: torch.Tensor) -> torch.Tensor:
         """Take the statistics of the batch for the next unit, if they are wanted; returns h."""
@@ -90,15 +91,15 @@ class AtenNorm:
     def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         h = self._wide(h)
         mean, variance = aten.batch_norm_update_stats(h, *self.running.unbind(), 0.0)
-        if self.fold > 1:
-            within = variance.view(self.fold, -1).sum(0)
-            between, mean = torch.var_mean(mean.view(self.fold, -1), 0, correction=0)
-            variance = torch.add(between, within, alpha=1 / self.fold)
+        if self.pack > 1:
+            within = variance.view(self.pack, -1).sum(0)
+            between, mean = torch.var_mean(mean.view(self.pack, -1), 0, correction=0)
+            variance = torch.add(between, within, alpha=1 / self.pack)
         return mean, variance
 
     def batch_statistics(self) -> List[torch.Tensor]:
         """Mean and biased variance of the batch, of all units; empty if they were not taken."""
-        return [torch.cat(self.means), torch.cat(self.variances)] if self.batch else [self.zeros, self.zeros.clone()]
+        return [torch.cat(self.means), torch.cat(self.variances)] if self.batch else [self.empty, self.empty.clone()]
 
     def apply(self, i: int, h: torch.Tensor) -> torch.Tensor:
         """Normalise; h itself without a norm."""
@@ -115,27 +116,27 @@ class AtenNorm:
             self,
             i: int,
             h: torch.Tensor,
-            other: 'Optional[Tuple[AtenNorm, torch.Tensor]]',
-            kept: Optional[torch.Tensor],
-            add: bool,
             out: torch.Tensor,
-            state: Optional[torch.Tensor],
-            change: Optional[torch.Tensor],
+            other: 'Optional[Tuple[AtenNorm, torch.Tensor]]' = None,
+            add: bool = False,
+            state: Optional[torch.Tensor] = None,
+            change: Optional[torch.Tensor] = None,
+            drop_scale: Optional[torch.Tensor] = None,
     ) -> None:
         """Write the normalised h to `out`, or add it.
 
         Args:
             other: Norm and matrix of a second term.
-            kept: Factor of each sample's update, (B, 1, 1).
             state: Where else to write the sum.
             change: Takes what was added, or the difference to what was there.
+            drop_scale: Factor of each sample's update, (B, 1, 1).
         """
         update = self.apply(i, h)
         if other is not None:
             norm, t = other
             update.add_(norm.apply(i, t))
-        if kept is not None:
-            update.view(len(kept), -1, update.shape[1]).mul_(kept)
+        if drop_scale is not None:
+            update.view(len(drop_scale), -1, update.shape[1]).mul_(drop_scale)
         if change is not None:
             torch.sub(update, 0 if add else out if state is None else state, out=change)
         if add:
@@ -184,7 +185,7 @@ class AtenNorm:
         if self.reads_input:
             _, *sums = aten.native_batch_norm_backward(
                 grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
-            grad_gamma, grad_beta = sums if self.fold == 1 else (t.view(self.fold, -1).sum(0) for t in sums)
+            grad_gamma, grad_beta = sums if self.pack == 1 else (t.view(self.pack, -1).sum(0) for t in sums)
             self.grad_gammas.append(grad_gamma)
             self.grad_betas.append(grad_beta)
         if not self.batch:

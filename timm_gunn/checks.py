@@ -14,14 +14,14 @@ _DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
     """What keeps the operator from doing what a GunnLayer's modules would do, None if nothing does."""
-    # What is_exporting() returns. Before torch 2.14, it is taken to be true in every compilation.
+    # As is_exporting(), which compilations take to be true before torch 2.14.
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return 'a trace or export takes the operations one by one'
     if not torch.compiler.is_compiling() and (_transformed() or is_in_torch_dispatch_mode(False)):
         return 'torch.func, forward-mode derivatives and dispatch modes need the operations one by one'
     autocast, dtype = _autocasts(x), compute_dtype(x)
-    known = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
-    if not known or x.dtype not in (dtype, torch.float32):
+    supported = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
+    if not supported or x.dtype not in (dtype, torch.float32):
         return f'an input of {x.dtype} on {x.device}, computed in {dtype}'
     if nn.modules.module._has_any_global_hook():
         return 'global module hooks'

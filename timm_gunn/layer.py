@@ -122,15 +122,15 @@ class GunnLayer(nn.Module):
         update = self.bottlenecks(x)
         if self.proj is not None:
             update = self.proj(x) + update
-        kept = self._kept(x)
-        if kept is not None:
-            update = update * kept.repeat_interleave(self.channels // self.segments, 1)
+        scale = self._drop_scale(x)
+        if scale is not None:
+            update = update * scale.repeat_interleave(self.channels // self.segments, 1)
         return x + update if self.residual else update
 
     def _forward_ordered(self, x: torch.Tensor) -> torch.Tensor:
         width = self.channels // self.segments
         state = [x[:, i * width:(i + 1) * width] for i in range(self.segments)]
-        kept = self._kept(x)
+        scale = self._drop_scale(x)
         for i in range(self.segments):
             s = torch.cat(state, 1)  # y_1 ... y_{i-1}, x_i ... x_P
             update = s
@@ -138,20 +138,20 @@ class GunnLayer(nn.Module):
                 update = bottleneck.forward_unit(update, i)
             if self.proj is not None:
                 update = self.proj.forward_unit(s, i) + update
-            if kept is not None:
-                update = update * kept[:, i:i + 1]
+            if scale is not None:
+                update = update * scale[:, i:i + 1]
             state[i] = state[i] + update if self.residual else update
         return torch.cat(state, 1)
 
     def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         convs = self._conv_norms()
         params = [t for c in convs for t in c.fused_params()]
-        kept, dtype = self._kept(x), compute_dtype(x)
+        drop_scale, dtype = self._drop_scale(x), compute_dtype(x)
         if not self.residual:  # nothing of x but what the convolutions read
             x = x.to(dtype)
         # Looked up anew: a package that is imported again registers anew, and this layer may be of the one before.
         y, stats, _ = torch.ops.timm_gunn.ordered_update.default(
-            x, params, None if kept is None else kept.flatten(1),
+            x, params, None if drop_scale is None else drop_scale.flatten(1),
             [getattr(c.bn, 'eps', 0.0) for c in convs], self.segments, self.bottlenecks[0].conv2.conv.dilation[0],
             self.residual, dtype,
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
@@ -166,12 +166,12 @@ class GunnLayer(nn.Module):
         convs = [c for b in self.bottlenecks for c in (b.conv1, b.conv2, b.conv3)]
         return convs if self.proj is None else convs + [self.proj]
 
-    def _kept(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def _drop_scale(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
         if self.drop_path.drop_prob == 0.0 or not self.training:
             return None
-        kept = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
-        return kept.view(-1, self.segments, 1, 1)
+        scale = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
+        return scale.view(-1, self.segments, 1, 1)
 
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
@@ -256,7 +256,7 @@ class ConvNorm(nn.Module):
             **dd,
     ):
         super().__init__()
-        self.rows = out_chs // segments
+        self.unit_chs = out_chs // segments
         self.conv = nn.Conv2d(
             in_chs, out_chs, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
             groups=groups, bias=False, **dd)
@@ -284,9 +284,9 @@ class ConvNorm(nn.Module):
 
     def forward_unit(self, x: torch.Tensor, unit: int) -> torch.Tensor:
         """One unit: (B, in_chs / groups, H, W) to (B, out_chs / P, H, W)."""
-        start, stop = unit * self.rows, (unit + 1) * self.rows
+        start, stop = unit * self.unit_chs, (unit + 1) * self.unit_chs
         x = F.conv2d(
-            x, self.conv.weight[start:stop], norms.rows(self.conv.bias, start, stop),
+            x, self.conv.weight[start:stop], norms.cut(self.conv.bias, start, stop),
             self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
             return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
@@ -305,8 +305,8 @@ class ConvNorm(nn.Module):
             if stop == self.conv.out_channels:
                 tracked.add_(1)
         return F.batch_norm(
-            x, norms.rows(norm.running_mean, start, stop), norms.rows(norm.running_var, start, stop),
-            norms.rows(norm.weight, start, stop), norms.rows(norm.bias, start, stop),
+            x, norms.cut(norm.running_mean, start, stop), norms.cut(norm.running_var, start, stop),
+            norms.cut(norm.weight, start, stop), norms.cut(norm.bias, start, stop),
             norm.training or norm.running_mean is None, factor, norm.eps)
 
     def fused_params(self) -> Tuple[torch.Tensor, ...]:

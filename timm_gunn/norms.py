@@ -102,6 +102,6 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     return torch.func.functional_call(norm, sliced, (x,))
 
 
-def rows(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
+def cut(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:
     """Slice of a tensor, or None of none."""
     return None if t is None else t[start:stop]

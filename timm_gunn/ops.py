@@ -18,7 +18,7 @@ __all__ = ['ordered_update']
 def ordered_update(
         x: torch.Tensor,
         params: List[torch.Tensor],
-        kept: Optional[torch.Tensor],
+        drop_scale: Optional[torch.Tensor],
         eps: List[float],
         segments: int,
         dilation: int,
@@ -35,21 +35,20 @@ def ordered_update(
         that takes them, else empty. The matrices kept for the backward pass, unit by unit.
     """
     with torch.autocast(x.device.type, enabled=False):
-        layer = OrderedLayer(x, params, [], kept, eps, segments, dilation, residual, dtype, fold=not keep)
+        layer = OrderedLayer(x, params, [], drop_scale, eps, segments, dilation, residual, dtype, fold=not keep)
         return layer.forward(x, keep)
 
 
 @ordered_update.register_fake
-def fake_update(x, params, kept, eps, segments, dilation, residual, dtype, keep):
+def fake_update(x, params, drop_scale, eps, segments, dilation, residual, dtype, keep):
     convs = unflatten(params)
     stats = [
         x.new_empty(len(p.weight) if p.takes_batch_stats else 0, dtype=stats_dtype(dtype))
         for p in convs for _ in range(2)]
-    depth, rows = len(convs) // 3, x.shape[0] * x.shape[2] * x.shape[3]
-    kept_convs = [p for k, p in enumerate(convs) if k % 3 < 2 or k == 3 * depth]
-    saved = [
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    saved = [  # of all but the third of a bottleneck
         x.new_empty(rows, len(p.weight) // segments, dtype=dtype)
-        for _ in range(segments) for p in kept_convs] if keep else []
+        for _ in range(segments) for k, p in enumerate(convs) if k % 3 < 2] if keep else []
     return torch.empty_like(x, memory_format=memory_format(x)), stats, saved
 
 
@@ -61,7 +60,7 @@ def ordered_update_backward(
         saved: List[torch.Tensor],
         params: List[torch.Tensor],
         stats: List[torch.Tensor],
-        kept: Optional[torch.Tensor],
+        drop_scale: Optional[torch.Tensor],
         needs: List[bool],
         eps: List[float],
         segments: int,
@@ -74,12 +73,12 @@ def ordered_update_backward(
     `needs` has an entry for x and one for each entry of `params`; a gradient that is not needed is empty.
     """
     with torch.autocast(x.device.type, enabled=False):
-        layer = OrderedLayer(x, params, stats, kept, eps, segments, dilation, residual, dtype)
+        layer = OrderedLayer(x, params, stats, drop_scale, eps, segments, dilation, residual, dtype)
         return layer.backward(grad, x, y, saved, needs)
 
 
 @ordered_update_backward.register_fake
-def fake_update_backward(grad, x, y, saved, params, stats, kept, needs, *_):
+def fake_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *_):
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
     return grad_x, [
         torch.empty_like(t) if need else t.new_empty(0)
@@ -87,15 +86,15 @@ def fake_update_backward(grad, x, y, saved, params, stats, kept, needs, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, params, kept, *config, keep = inputs
+    x, params, drop_scale, *config, keep = inputs
     y, stats, saved = output
     if not keep:
         raise RuntimeError('timm_gunn::ordered_update: an input requires a gradient, expected keep=True.')
     ctx.set_materialize_grads(False)  # no zeros in the size of the saved tensors
     # A later step in training mode may update given statistics before the backward pass of this one.
     params = [t.clone() if k % 5 > 2 and t.numel() else t for k, t in enumerate(params)]
-    tensors = x, y, *params, *stats, *saved, *([] if kept is None else [kept])  # no None, for torchviz
-    ctx.config, ctx.num_params, ctx.num_stats, ctx.has_kept = config, len(params), len(stats), kept is not None
+    tensors = x, y, *params, *stats, *saved, *([] if drop_scale is None else [drop_scale])  # no None, for torchviz
+    ctx.config, ctx.num_params, ctx.num_stats, ctx.drops = config, len(params), len(stats), drop_scale is not None
     ctx.save_for_backward(*tensors)
 
 
@@ -108,11 +107,12 @@ def _backward(ctx, grad, *_):
             'GunnLayer: the fused layer has no second derivative, and create_graph=True asks for one; '
             'set fused=False on the layer.')
     x, y, *tensors = ctx.saved_tensors
-    kept = tensors.pop() if ctx.has_kept else None
+    drop_scale = tensors.pop() if ctx.drops else None
     params, tensors = tensors[:ctx.num_params], tensors[ctx.num_params:]
     stats, saved = tensors[:ctx.num_stats], tensors[ctx.num_stats:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    grad_x, grads = ordered_update_backward(grad, x, y, saved, params, stats, kept, needs, *ctx.config)
+    grad_x, grads = ordered_update_backward(
+        grad, x, y, saved, params, stats, drop_scale, needs, *ctx.config)
     it = iter(grads)
     grads = [next(it) if k % 5 < 3 else None for k in range(ctx.num_params)]
     return (
@@ -132,7 +132,7 @@ def _flops(x_shape, params_shapes, *_, **__) -> int:
 
 @register_flop_formula(torch.ops.timm_gunn.ordered_update_backward)
 def _backward_flops(
-        grad_shape, x_shape, y_shape, saved_shapes, params_shapes, stats_shapes, kept_shape, needs, *_, **__) -> int:
+        grad_shape, x_shape, y_shape, saved_shapes, params_shapes, stats_shapes, drop_shape, needs, *_, **__) -> int:
     """FLOPs of the gradients, without what is computed again: the same as of the composite."""
     batch, _, height, width = x_shape
     return 2 * batch * height * width * sum(

@@ -67,7 +67,7 @@ class OrderedLayer:
         x: State (B, N, H, W), of dtype `dtype` or float32.
         params: See `unflatten`, in any floating dtype.
         stats: In the backward pass, mean and variance that norms took of the batch; empty for others.
-        kept: Factor of each sample's and segment's update (stochastic depth), (B, P), or None.
+        drop_scale: Factor of each sample's and segment's update (stochastic depth), (B, P), or None.
         eps: What each norm adds to the variance.
         segments: Number of segments P.
         dilation: Dilation of the 3x3 convolutions.
@@ -81,7 +81,7 @@ class OrderedLayer:
             x: torch.Tensor,
             params: List[torch.Tensor],
             stats: List[torch.Tensor],
-            kept: Optional[torch.Tensor],
+            drop_scale: Optional[torch.Tensor],
             eps: List[float],
             segments: int,
             dilation: int,
@@ -93,7 +93,8 @@ class OrderedLayer:
         self.map_shape, self.rows = (batch, height, width), batch * height * width
         self.segments, self.width = segments, channels // segments
         self.dilation, self.residual, self.dtype = dilation, residual, dtype
-        self.kept = None if kept is None else kept.to(stats_dtype(dtype)).view(batch, 1, segments)
+        self.drop_scale = (
+            None if drop_scale is None else drop_scale.to(stats_dtype(dtype)).view(batch, 1, segments))
         self.convs = []
         for i, (p, e) in enumerate(zip(unflatten(params), eps, strict=True)):
             batch_stats = p.takes_batch_stats
@@ -125,9 +126,10 @@ class OrderedLayer:
                     for conv, h in zip(self.readers, shared, strict=True)]
                 (norm, h), *other = self._unit(i, reads, saved if keep else None)
                 norm.update(
-                    i, h, other[0] if other else None, None if self.kept is None else self.kept[:, :, i:i + 1],
-                    self.residual, out[:, own], None if state is out else state[:, own],
-                    change[:, self._columns(i - start, i - start + 1)] if i + 1 < stop else None)
+                    i, h, out[:, own], other=other[0] if other else None, add=self.residual,
+                    state=None if state is out else state[:, own],
+                    change=change[:, self._columns(i - start, i - start + 1)] if i + 1 < stop else None,
+                    drop_scale=None if self.drop_scale is None else self.drop_scale[:, :, i:i + 1])
         stats = [t for conv in self.convs for t in conv.norm.batch_statistics()]
         return y.contiguous(memory_format=memory_format(x)), stats, saved
 
@@ -142,8 +144,8 @@ class OrderedLayer:
 
     def _read(self, conv: 'Conv', state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Outputs of a convolution of units [start, stop) on one and the same state."""
-        rows = conv.rows(start, stop)
-        weight, bias = conv.weight[rows], None if conv.bias is None else conv.bias[rows]
+        units = conv.units(start, stop)
+        weight, bias = conv.weight[units], None if conv.bias is None else conv.bias[units]
         if state.is_cuda or self.rows < CONV_ROWS:
             return _linear(state, weight, bias)
         return self._conv2d(state, weight[:, :, None, None], bias)
@@ -162,14 +164,14 @@ class OrderedLayer:
         keep, norm, h = saved is not None, None, reads[0]
         for conv1, conv2, conv3 in self.bottlenecks:
             if norm is not None:
-                h = conv1.unit(i, norm.apply(i, h))
+                h = conv1.linear(i, norm.apply(i, h))
             h1 = conv1.norm.measure(h)
             a = conv1.norm.activate(i, h1, in_place=not keep)
             h2 = conv2.norm.measure(self._conv2d(a, conv2.weights[i], conv2.biases[i], self.dilation))
             if keep:
                 saved += [h1, h2]
             norm, a = conv3.norm, conv2.norm.activate(i, h2, in_place=not keep)
-            h = norm.measure(conv3.unit(i, a))
+            h = norm.measure(conv3.linear(i, a))
         for proj, p in zip(self.readers[1:], reads[1:], strict=True):
             proj.norm.measure(p)
             if keep:
@@ -197,10 +199,10 @@ class OrderedLayer:
 
         per_unit = len(saved) // self.segments
         for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
-            before, own, count = self._columns(0, start), self._columns(start, stop), stop - start
+            earlier, block, count = self._columns(0, start), self._columns(start, stop), stop - start
             # What units pass on within the block goes to a copy. G gets all that they send in one product, later.
             dtype = g.dtype if self.residual else stats_dtype(self.dtype)
-            passed = g[:, own].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            passed = g[:, block].to(dtype, copy=True, memory_format=torch.contiguous_format)
             sent = [g.new_empty(self.rows, conv.width * count, dtype=self.dtype) for conv in self.readers]
             slots = list(zip(*[t.chunk(count, 1) for t in sent], strict=True))
             for i in reversed(range(start, stop)):
@@ -211,18 +213,18 @@ class OrderedLayer:
                         _accumulate(
                             passed[:, self._columns(0, i - start)], d_k, conv.weights[i][:, self._columns(start, i)])
             if not self.residual:  # what units after i send to y_i is not x_i's: less that, more all of it below
-                g[:, own] -= passed
-            wanted = slice(None) if x_needed else before
+                g[:, block] -= passed
+            columns = slice(None) if x_needed else earlier
             for conv, d in zip(self.readers, sent, strict=True):
-                rows = conv.rows(start, stop)
-                _accumulate(g[:, wanted], d, conv.weight[rows, wanted])
+                units = conv.units(start, stop)
+                _accumulate(g[:, columns], d, conv.weight[units, columns])
                 if conv.needs[0]:
-                    grad = conv.grad.view_as(conv.weight)[rows]
-                    torch.mm(d.t(), ys[:, before], out=grad[:, before])
-                    torch.mm(d.t(), xs[:, own.start:], out=grad[:, own.start:])
+                    weight_grad = conv.grad.view_as(conv.weight)[units]
+                    torch.mm(d.t(), ys[:, earlier], out=weight_grad[:, earlier])
+                    torch.mm(d.t(), xs[:, block.start:], out=weight_grad[:, block.start:])
                     for i in range(start + 1, stop):  # has met earlier units' segments of the block as y
-                        met, own_rows = self._columns(start, i), conv.rows(i - start, i - start + 1)
-                        torch.mm(d[:, own_rows].t(), ys[:, met], out=grad[own_rows, met])
+                        met, unit = self._columns(start, i), conv.units(i - start, i - start + 1)
+                        torch.mm(d[:, unit].t(), ys[:, met], out=weight_grad[unit, met])
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
 
@@ -230,16 +232,16 @@ class OrderedLayer:
             self, i: int, received: torch.Tensor, saved: List[torch.Tensor], outs: List[torch.Tensor],
     ) -> List[torch.Tensor]:
         """Gradients of what unit i's readers made of the state, written to `outs`, from that of its update."""
-        if self.kept is not None:
-            scaled = received.reshape(len(self.kept), -1, self.width) * self.kept[:, :, i:i + 1]
-            received = scaled.view(-1, self.width)
+        if self.drop_scale is not None:
+            received = received.reshape(len(self.drop_scale), -1, self.width) * self.drop_scale[:, :, i:i + 1]
+            received = received.view(-1, self.width)
         sent = [
             proj.norm.backward(i, received, h, out=out)
             for proj, h, out in zip(self.readers[1:], saved[-1:], outs[1:], strict=False)]
         for j, (conv1, conv2, conv3) in reversed(list(enumerate(self.bottlenecks))):
             h1, h2 = saved[2 * j:2 * j + 2]
             a = conv2.norm.activate(i, h2)
-            d = conv3.norm.backward(i, received, conv3.unit(i, a) if conv3.norm.reads_input else None)
+            d = conv3.norm.backward(i, received, conv3.linear(i, a) if conv3.norm.reads_input else None)
             conv3.add_gradient(d, a)
             d = conv2.norm.backward(i, torch.mm(d, conv3.weights[i]), h2, a)
             a = conv1.norm.activate(i, h1)
@@ -248,7 +250,7 @@ class OrderedLayer:
             if j > 0:  # the input is the output of the bottleneck before
                 _, conv2, conv3 = self.bottlenecks[j - 1]
                 if conv1.needs[0]:
-                    h = conv3.unit(i, conv2.norm.activate(i, saved[2 * j - 1]))
+                    h = conv3.linear(i, conv2.norm.activate(i, saved[2 * j - 1]))
                     conv1.add_gradient(d, conv3.norm.apply(i, h))
                 received = torch.mm(d, conv1.weights[i])
         return [d, *sent]
@@ -281,12 +283,12 @@ class Conv:
         self.grad: Optional[torch.Tensor] = None  # of the whole weight, or
         self.grads: List[torch.Tensor] = []  # of the units' weights, from the last to the first
 
-    def rows(self, start: int, stop: int) -> slice:
-        """Rows of units [start, stop) in the weight."""
+    def units(self, start: int, stop: int) -> slice:
+        """Output channels of units [start, stop)."""
         return slice(start * self.width, stop * self.width)
 
-    def unit(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Output of unit i."""
+    def linear(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Output of unit i, for convolutions of one pixel."""
         return _linear(x, self.weights[i], self.biases[i])
 
     def add_gradient(self, d: torch.Tensor, x: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ the gradient of a norm takes, which read h instead of the activation. Programs l
 second kernel adds up: results are the same in every run.
 """
 import math
-from typing import Callable, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import triton
@@ -205,12 +205,13 @@ def _backward(
 class TritonNorm(AtenNorm):
     """AtenNorm for CUDA devices. Its matrices may be column slices of larger ones, gradients of any dtype."""
 
-    def _prepare(self, gamma: torch.Tensor, variance: torch.Tensor) -> None:
-        self.lanes = triton.next_power_of_2(gamma.shape[1])
-        self.partials = gamma.new_empty(SUM[0], 2, gamma.shape[1])
-        self.ticket = gamma.new_zeros(1, dtype=torch.int32)
+    def _prepare(self, known: List[torch.Tensor]) -> None:
+        width = known[0].shape[1]
+        self.lanes = triton.next_power_of_2(width)
+        self.partials = self.empty.new_empty(SUM[0], 2, width)
+        self.ticket = self.empty.new_zeros(1, dtype=torch.int32)
 
-    def _fold(self, gamma: torch.Tensor, segments: int) -> int:
+    def _pack(self, gamma: torch.Tensor, segments: int) -> int:
         return 1
 
     def _blocks(self, shape: Tuple[int, int, int], *matrices: torch.Tensor) -> Tuple[int, int, int, dict]:
@@ -223,7 +224,7 @@ class TritonNorm(AtenNorm):
 
     def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         programs, warps, align, blocks = self._blocks(SUM, h)
-        mean, variance = self.zeros.new_empty(2, h.shape[1]).unbind()
+        mean, variance = self.empty.new_empty(2, h.shape[1]).unbind()
         launch(_statistics, programs, warps, h, h.stride(0) // align, self.partials, self.ticket, mean, variance,
                self.rows, h.shape[1] // align, COUNT=max(1, 8192 // self.lanes), **blocks)
         return mean, variance
@@ -237,31 +238,24 @@ class TritonNorm(AtenNorm):
         return self._write(i, h, h if in_place else h.new_empty(h.shape), relu=True)
 
     def update(
-            self,
-            i: int,
-            h: torch.Tensor,
-            other: 'Optional[Tuple[TritonNorm, torch.Tensor]]',
-            kept: Optional[torch.Tensor],
-            add: bool,
-            out: torch.Tensor,
-            state: Optional[torch.Tensor],
-            change: Optional[torch.Tensor],
+            self, i: int, h: torch.Tensor, out: torch.Tensor, other: 'Optional[Tuple[TritonNorm, torch.Tensor]]' = None,
+            drop_scale: Optional[torch.Tensor] = None, **where,
     ) -> None:
-        if kept is None and all(norm.exists for norm in (self, other[0] if other else self)):
-            self._write(i, h, out, False, other, add, state, change)
+        if drop_scale is None and self.exists and (other is None or other[0].exists):
+            self._write(i, h, out, other, **where)
         else:
-            super().update(i, h, other, kept, add, out, state, change)
+            super().update(i, h, out, other, drop_scale=drop_scale, **where)
 
     def _write(
             self,
             i: int,
             h: torch.Tensor,
             out: torch.Tensor,
-            relu: bool = False,
             other: 'Optional[Tuple[TritonNorm, torch.Tensor]]' = None,
             add: bool = False,
             state: Optional[torch.Tensor] = None,
             change: Optional[torch.Tensor] = None,
+            relu: bool = False,
     ) -> torch.Tensor:
         norm, t = other or (self, h)
         state, change_to = out if state is None else state, out if change is None else change
@@ -273,11 +267,7 @@ class TritonNorm(AtenNorm):
         return out
 
     def backward(
-            self,
-            i: int,
-            grad: torch.Tensor,
-            h: Optional[torch.Tensor],
-            a: Optional[torch.Tensor] = None,
+            self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor], a: Optional[torch.Tensor] = None,
             out: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         if not self.exists:
@@ -285,7 +275,7 @@ class TritonNorm(AtenNorm):
         h, relu = grad if h is None else h, a is not None
         out = h.new_empty(h.shape, dtype=self.dtype) if out is None else out
         matrices, channels = (grad, h, out), h.shape[1]
-        grad_gamma, grad_beta = self.zeros.new_empty(2, channels).unbind()
+        grad_gamma, grad_beta = self.empty.new_empty(2, channels).unbind()
         if self.reads_input:
             programs, warps, align, blocks = self._blocks(SUM, *matrices)
             launch(_gradient_sums, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align,

@@ -75,7 +75,7 @@ class Unit(nn.Module):
             if isinstance(m, ConvNorm):
                 for t in [*m.parameters(), *m.buffers()]:
                     if t.numel() > 1:
-                        part = t.detach()[i * m.rows:(i + 1) * m.rows].clone()
+                        part = t.detach()[i * m.unit_chs:(i + 1) * m.unit_chs].clone()
                         memo[id(t)] = nn.Parameter(part, t.requires_grad) if isinstance(t, nn.Parameter) else part
         self.bottlenecks, self.proj = copy.deepcopy((layer.bottlenecks, layer.proj), memo)
         self.drop_path = copy.deepcopy(layer.drop_path)
