@@ -674,7 +674,8 @@ def test_global_hooks_are_called():
 def test_saved_tensors_are_tensors(kept):
     """As torchviz expects, which draws them."""
     layer = make_layer(12, 3, drop_path=0.5 * kept)
-    node = layer(torch.randn(2, 12, 3, 3, requires_grad=True)).grad_fn
+    y = layer(torch.randn(2, 12, 3, 3, requires_grad=True))
+    node = y.grad_fn
     while not type(node).__name__.startswith('Generated'):
         node = node.next_functions[0][0]
     assert len(node.saved_tensors) > 10
