@@ -77,7 +77,7 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     '': lambda model: model,
     'composite': composite,
     'checkpointed': checkpointed,
-    'library': switched('ordered.TRITON', False),
+    'library': switched('ordered.has_triton', lambda: False),
     'folded': timm.utils.reparameterize_model,
     'products': lambda model: model,  # see Products
     # The operator without one of its devices.

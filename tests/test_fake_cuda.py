@@ -12,7 +12,7 @@ import timm_gunn.ordered
 @pytest.fixture(autouse=True)
 def fake_kernels(monkeypatch):
     """PyTorch has no fake kernel of the batch's statistics; Triton kernels take no fake tensors at all."""
-    monkeypatch.setattr(timm_gunn.ordered, 'TRITON', False)
+    monkeypatch.setattr(timm_gunn.ordered, 'has_triton', lambda: False)
     library = torch.library.Library('aten', 'IMPL', 'Meta')
 
     def statistics(h, mean, variance, momentum):
@@ -60,5 +60,6 @@ def test_operator(x_dtype, param_dtype, dtype, options, training):
                 y, stats, saved = outputs = forward._init_fn(x, params, *config, keep)
                 assert described(outputs) == described(forward._abstract_fn(x, params, *config, keep))
             assert [t.numel() > 0 for t in stats] == [training] * len(stats)
-            args = torch.empty_like(y), x, y, saved, params, stats, kept, [True] * (1 + len(params)), *config[1:]
+            needs = [True, *[True, True, True, False, False] * len(config[1])]
+            args = torch.empty_like(y), x, y, saved, params, stats, kept, needs, *config[1:]
             assert described(backward._init_fn(*args)) == described(backward._abstract_fn(*args))

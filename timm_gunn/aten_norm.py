@@ -48,9 +48,8 @@ class AtenNorm:
         self.affine_needed = True
         self.means: List[torch.Tensor] = []  # of the batch
         self.variances: List[torch.Tensor] = []
-        self.grad_gammas: List[torch.Tensor] = []  # from the last unit to the first
-        self.grad_betas: List[torch.Tensor] = []
-        self.empty = params.gamma.new_zeros(0, dtype=stats_dtype(dtype))
+        self.empty = params.beta.new_zeros(0, dtype=stats_dtype(dtype))
+        self.grad_gamma, self.grad_beta = (self.empty.new_empty(segments, len(t) // segments) for t in params[1:3])
         if self.exists:
             self.pack = self._pack(params.gamma, segments)
             known = [self._repeat(t.to(stats_dtype(dtype)).view(segments, -1)) for t in params[1:] if t.numel()]
@@ -161,7 +160,7 @@ class AtenNorm:
     ) -> torch.Tensor:
         """Gradient of h from that of apply(i, h), or of a = activate(i, h), which it may overwrite then.
 
-        Keeps the gradients of gamma and beta, if they are needed. Writes to `out`, too, if that is given.
+        Writes the gradients of gamma and beta, if they are needed. Writes to `out`, too, if that is given.
         """
         grad = grad.to(self.dtype).contiguous()
         if a is not None:
@@ -169,28 +168,25 @@ class AtenNorm:
         if self.exists:
             grad = self._backward(i, self._wide(grad), None if h is None else self._wide(h)).view_as(grad)
         elif self.affine_needed:
-            self.grad_betas.append(grad.sum(0))
+            torch.sum(grad, 0, out=self.grad_beta[i])
         return grad if out is None else out.copy_(grad)
 
     def _backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
         gamma, _, mean, variance = self.vectors[i]
         inv_std = self.inv_stds[i]
         if grad.is_cuda and self.reads_input:  # on a CPU, several calls are faster than this one
-            grad_h, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+            grad_h, self.grad_gamma[i], self.grad_beta[i] = aten.native_batch_norm_backward(
                 grad, h, gamma, mean, variance, mean, inv_std, self.batch, self.eps, [True, True, True])
-            self.grad_gammas.append(grad_gamma)
-            self.grad_betas.append(grad_beta)
             return grad_h
         scale = gamma * inv_std
         if self.reads_input:
             _, *sums = aten.native_batch_norm_backward(
                 grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
-            grad_gamma, grad_beta = sums if self.pack == 1 else (t.view(self.pack, -1).sum(0) for t in sums)
-            self.grad_gammas.append(grad_gamma)
-            self.grad_betas.append(grad_beta)
+            for t, grads in zip(sums, (self.grad_gamma, self.grad_beta), strict=True):
+                torch.sum(t.view(self.pack, -1), 0, out=grads[i])
         if not self.batch:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h
-        by_h = (scale * inv_std).mul_(self._repeat(grad_gamma)).div_(-self.rows)
-        constant = (scale / -self.rows).mul_(self._repeat(grad_beta)).addcmul_(by_h, mean, value=-1)
+        by_h = (scale * inv_std).mul_(self._repeat(self.grad_gamma[i])).div_(-self.rows)
+        constant = (scale / -self.rows).mul_(self._repeat(self.grad_beta[i])).addcmul_(by_h, mean, value=-1)
         return torch.addcmul(constant, h, by_h).addcmul_(grad, scale).to(self.dtype)

@@ -15,7 +15,6 @@ operator of ops.py instead, which computes the same from the same parameters in 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import logging
-from itertools import chain
 from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -185,7 +184,7 @@ class GunnLayer(nn.Module):
 
     def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
-        for name, own in chain(self.named_parameters(), self.named_buffers()):
+        for name, own in [*self.named_parameters(), *self.named_buffers()]:
             keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
             units = [state_dict.pop(key) for key in keys if key in state_dict]
             if units:  # counters, and parameters of an activation, are the same in all units
@@ -317,6 +316,5 @@ class ConvNorm(nn.Module):
             return weight, none, none if self.conv.bias is None else self.conv.bias, none, none
         gamma = weight.new_ones(weight.shape[0]) if norm.weight is None else norm.weight
         beta = weight.new_zeros(weight.shape[0]) if norm.bias is None else norm.bias
-        if norms.takes_batch_stats(norm):
-            return weight, gamma, beta, none, none
-        return weight, gamma, beta, norm.running_mean, norm.running_var
+        stats = (none, none) if norms.takes_batch_stats(norm) else (norm.running_mean, norm.running_var)
+        return weight, gamma, beta, *stats

@@ -11,8 +11,6 @@ from torch.utils.flop_counter import register_flop_formula
 from .aten_norm import stats_dtype, unflatten
 from .ordered import OrderedLayer, memory_format
 
-__all__ = ['ordered_update']
-
 
 @torch.library.custom_op('timm_gunn::ordered_update', mutates_args=())
 def ordered_update(
@@ -40,7 +38,7 @@ def ordered_update(
 
 
 @ordered_update.register_fake
-def fake_update(x, params, drop_scale, eps, segments, dilation, residual, dtype, keep):
+def _fake_update(x, params, drop_scale, eps, segments, dilation, residual, dtype, keep):
     convs = unflatten(params)
     stats = [
         x.new_empty(len(p.weight) if p.takes_batch_stats else 0, dtype=stats_dtype(dtype))
@@ -70,7 +68,7 @@ def ordered_update_backward(
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     """Gradients of x and of weight, gamma and beta of every convolution: Algorithm 1 and Eq. 6.
 
-    `needs` has an entry for x and one for each entry of `params`; a gradient that is not needed is empty.
+    `needs` has an entry for x and one for each entry of `params`. Returned are those that are needed, x's empty if not.
     """
     with torch.autocast(x.device.type, enabled=False):
         layer = OrderedLayer(x, params, stats, drop_scale, eps, segments, dilation, residual, dtype)
@@ -78,11 +76,9 @@ def ordered_update_backward(
 
 
 @ordered_update_backward.register_fake
-def fake_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *_):
+def _fake_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *_):
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
-    return grad_x, [
-        torch.empty_like(t) if need else t.new_empty(0)
-        for k, (t, need) in enumerate(zip(params, needs[1:], strict=True)) if k % 5 < 3]
+    return grad_x, [torch.empty_like(t) for t, need in zip(params, needs[1:], strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output):
@@ -111,14 +107,9 @@ def _backward(ctx, grad, *_):
     params, tensors = tensors[:ctx.num_params], tensors[ctx.num_params:]
     stats, saved = tensors[:ctx.num_stats], tensors[ctx.num_stats:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    grad_x, grads = ordered_update_backward(
-        grad, x, y, saved, params, stats, drop_scale, needs, *ctx.config)
-    it = iter(grads)
-    grads = [next(it) if k % 5 < 3 else None for k in range(ctx.num_params)]
-    return (
-        grad_x if needs[0] else None,
-        [g if need else None for g, need in zip(grads, needs[1:], strict=True)],
-        *rest)
+    grad_x, grads = ordered_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *ctx.config)
+    grads = iter(grads)
+    return grad_x if needs[0] else None, [next(grads) if need else None for need in needs[1:]], *rest
 
 
 ordered_update.register_autograd(_backward, setup_context=_setup_context)

@@ -44,7 +44,7 @@ for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composite
 """
 import functools
 import importlib.util
-from typing import List, Optional, Tuple, Type, Union
+from typing import List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,6 @@ aten = torch.ops.aten
 # Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
 CONV_ROWS = 1024  # from which on a CPU reads the state by a 1x1 convolution instead of a product
-TRITON = True  # Triton kernels for norms on CUDA devices
 
 
 class OrderedLayer:
@@ -186,7 +185,7 @@ class OrderedLayer:
             saved: List[torch.Tensor],
             needs: List[bool],
     ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Algorithm 1: gradients of x, and of weight, gamma and beta of every convolution; empty if not needed."""
+        """Algorithm 1: gradients of x, empty if not needed, and of those of `params` that need one."""
         g_map = _clone(grad)
         g = _matrix(g_map)
         x_needed, *needs = needs
@@ -194,7 +193,6 @@ class OrderedLayer:
         for i, conv in enumerate(self.convs):
             conv.needs = needs[5 * i:5 * i + 3]
             conv.norm.affine_needed = any(conv.needs[1:])
-        for conv in self.readers:
             conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
 
         per_unit = len(saved) // self.segments
@@ -242,7 +240,7 @@ class OrderedLayer:
             h1, h2 = saved[2 * j:2 * j + 2]
             a = conv2.norm.activate(i, h2)
             d = conv3.norm.backward(i, received, conv3.linear(i, a) if conv3.norm.reads_input else None)
-            conv3.add_gradient(d, a)
+            conv3.write_gradient(i, d, a)
             d = conv2.norm.backward(i, torch.mm(d, conv3.weights[i]), h2, a)
             a = conv1.norm.activate(i, h1)
             d = self._conv3x3_backward(i, conv2, d, a)
@@ -251,7 +249,7 @@ class OrderedLayer:
                 _, conv2, conv3 = self.bottlenecks[j - 1]
                 if conv1.needs[0]:
                     h = conv3.linear(i, conv2.norm.activate(i, saved[2 * j - 1]))
-                    conv1.add_gradient(d, conv3.norm.apply(i, h))
+                    conv1.write_gradient(i, d, conv3.norm.apply(i, h))
                 received = torch.mm(d, conv1.weights[i])
         return [d, *sent]
 
@@ -280,8 +278,8 @@ class Conv:
         self.bias = params.beta.to(dtype) if params.beta.numel() and not self.norm.exists else None
         self.biases = [None] * segments if self.bias is None else self.bias.chunk(segments)
         self.needs = [True] * 3
-        self.grad: Optional[torch.Tensor] = None  # of the whole weight, or
-        self.grads: List[torch.Tensor] = []  # of the units' weights, from the last to the first
+        self.grad: Optional[torch.Tensor] = None
+        self.grads: List[torch.Tensor] = []  # what is still to be copied there, from the last unit to the first
 
     def units(self, start: int, stop: int) -> slice:
         """Output channels of units [start, stop)."""
@@ -291,22 +289,22 @@ class Conv:
         """Output of unit i, for convolutions of one pixel."""
         return _linear(x, self.weights[i], self.biases[i])
 
-    def add_gradient(self, d: torch.Tensor, x: torch.Tensor) -> None:
-        """Keep the gradient of the next unit's weight, d^T x."""
+    def write_gradient(self, i: int, d: torch.Tensor, x: torch.Tensor) -> None:
+        """Gradient of unit i's weight, d^T x, for convolutions of one pixel."""
         if self.needs[0]:
-            self.grads.append(torch.mm(d.t(), x))
+            torch.mm(d.t(), x, out=self.grad.view_as(self.weight)[self.units(i, i + 1)])
 
     def gradients(self) -> List[torch.Tensor]:
-        """Of weight, gamma and beta, in their dtypes and strides; empty if not needed."""
-        values = self.grads if self.grad is None else self.grad, self.norm.grad_gammas, self.norm.grad_betas
-        return [
-            _stacked(value, param) if need else param.new_empty(0)
-            for value, param, need in zip(values, self.params[:3], self.needs, strict=True)]
+        """Those that are needed of weight, gamma and beta, in the parameters' dtypes and strides."""
+        if self.grads and self.needs[0]:
+            torch.cat(self.grads[::-1], out=self.grad)
+        grads = self.grad, self.norm.grad_gamma.flatten(), self.norm.grad_beta.flatten()
+        return [g.to(p.dtype) for g, p, need in zip(grads, self.params, self.needs, strict=False) if need]
 
 
 def norm_class(weight: torch.Tensor) -> Type[AtenNorm]:
     """Norm of a weight's device: by Triton kernels on CUDA devices, where Triton is installed."""
-    if weight.is_cuda and TRITON and has_triton():
+    if weight.is_cuda and has_triton():
         from .triton_norm import TritonNorm
         return TritonNorm
     return AtenNorm
@@ -324,15 +322,6 @@ def folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
     weight, gamma, beta, mean, variance = (t.to(dtype) for t in p)
     weight, bias = fuse_conv_bn_weights(weight, None, mean, variance, eps, gamma, beta)
     return Params(weight, none, bias, none, none)
-
-
-def _stacked(value: Union[torch.Tensor, List[torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
-    """Gradients of the units, from the last to the first, in dtype and strides of a parameter."""
-    if isinstance(value, list):
-        whole = torch.empty_like(like, dtype=value[0].dtype)
-        torch.cat(value[::-1], out=whole.view(len(like), *value[0].shape[1:]))
-        value = whole
-    return value.to(like.dtype)
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
