@@ -49,7 +49,7 @@ class AtenNorm:
         self.means: List[torch.Tensor] = []  # of the batch
         self.variances: List[torch.Tensor] = []
         self.empty = params.beta.new_zeros(0, dtype=stats_dtype(dtype))
-        self.grad_gamma, self.grad_beta = (self.empty.new_empty(segments, len(t) // segments) for t in params[1:3])
+        self.grad_gamma, self.grad_beta = [self.empty] * segments, [self.empty] * segments
         if self.exists:
             self.pack = self._pack(params.gamma, segments)
             known = [self._repeat(t.to(stats_dtype(dtype)).view(segments, -1)) for t in params[1:] if t.numel()]
@@ -160,7 +160,7 @@ class AtenNorm:
     ) -> torch.Tensor:
         """Gradient of h from that of apply(i, h), or of a = activate(i, h), which it may overwrite then.
 
-        Writes the gradients of gamma and beta, if they are needed. Writes to `out`, too, if that is given.
+        Keeps the gradients of gamma and beta, if they are needed. Writes to `out`, too, if that is given.
         """
         grad = grad.to(self.dtype).contiguous()
         if a is not None:
@@ -168,7 +168,7 @@ class AtenNorm:
         if self.exists:
             grad = self._backward(i, self._wide(grad), None if h is None else self._wide(h)).view_as(grad)
         elif self.affine_needed:
-            torch.sum(grad, 0, out=self.grad_beta[i])
+            self.grad_beta[i] = grad.sum(0)
         return grad if out is None else out.copy_(grad)
 
     def _backward(self, i: int, grad: torch.Tensor, h: Optional[torch.Tensor]) -> torch.Tensor:
@@ -182,8 +182,8 @@ class AtenNorm:
         if self.reads_input:
             _, *sums = aten.native_batch_norm_backward(
                 grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
-            for t, grads in zip(sums, (self.grad_gamma, self.grad_beta), strict=True):
-                torch.sum(t.view(self.pack, -1), 0, out=grads[i])
+            self.grad_gamma[i], self.grad_beta[i] = (
+                sums if self.pack == 1 else (t.view(self.pack, -1).sum(0) for t in sums))
         if not self.batch:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h

@@ -298,7 +298,7 @@ class Conv:
         """Those that are needed of weight, gamma and beta, in the parameters' dtypes and strides."""
         if self.grads and self.needs[0]:
             torch.cat(self.grads[::-1], out=self.grad)
-        grads = self.grad, self.norm.grad_gamma.flatten(), self.norm.grad_beta.flatten()
+        grads = self.grad, torch.cat(self.norm.grad_gamma), torch.cat(self.norm.grad_beta)
         return [g.to(p.dtype) for g, p, need in zip(grads, self.params, self.needs, strict=False) if need]
 
 

@@ -275,8 +275,9 @@ class TritonNorm(AtenNorm):
         h, relu = grad if h is None else h, a is not None
         out = h.new_empty(h.shape, dtype=self.dtype) if out is None else out
         matrices, channels = (grad, h, out), h.shape[1]
-        grad_gamma, grad_beta = self.grad_gamma[i], self.grad_beta[i]
+        grad_gamma, grad_beta = self.empty.new_empty(2, channels).unbind()
         if self.reads_input:
+            self.grad_gamma[i], self.grad_beta[i] = grad_gamma, grad_beta
             programs, warps, align, blocks = self._blocks(SUM, *matrices)
             launch(_gradient_sums, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align,
                    *self.vectors[i], self.partials, self.ticket, grad_gamma, grad_beta, self.rows, channels // align,
