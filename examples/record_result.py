@@ -32,6 +32,7 @@ def recipe(options: argparse.Namespace) -> str:
     rates = {k: getattr(options, k) for k in ('smoothing', 'mixup', 'cutmix', 'drop_path')}
     parts += [f'{k} {rate:g}' for k, rate in rates.items() if rate]
     parts += [options.amp_dtype] if options.amp else []
+    parts += ['from pretrained weights'] if options.pretrained else []
     return ', '.join([*parts, "timm's train.py"])
 
 

@@ -102,11 +102,13 @@ def test_segment(tmp_path, capsys, monkeypatch):
         segment, 'intersection_over_union',
         lambda predicted, scenes: scored.append(scenes) or score(predicted, scenes))
     segment.main([
-        '--models', 'gunn18', 'resnet18', '--archs', 'Unet', '--steps', '2', '--batch-size', '2', '--size', '64',
-        '--train-scenes', '4', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
+        '--models', 'gunn18.tiny_in', 'resnet18', '--archs', 'Unet', '--steps', '2', '--batch-size', '2',
+        '--size', '64', '--train-scenes', '4', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
     with open(tmp_path / 'results.csv', newline='') as f:
         rows = list(csv.DictReader(f))
-    assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
+    assert [row['backbone'] for row in rows] == ['gunn18.tiny_in', 'resnet18']
+    stem = segment.build('Unet', 'gunn18.tiny_in').encoder.model.stem.conv.weight
+    assert torch.equal(stem, timm.create_model('gunn18', pretrained=True).stem.conv.weight)
     for row in rows:
         assert float(row['miou']) == pytest.approx(np.nanmean([float(row[c]) for c in drawn_scenes.CLASSES]))
     held_out = drawn_scenes.make_scenes(1, 64, held_out=True)

@@ -329,10 +329,11 @@ case $1 in
                    [ "$KILL" = cifar ] || touch "$2/result.csv";;
   *train.py) while [ "$1" != --experiment ]; do shift; done; mkdir -p "$OUTPUT/$2"; touch "$OUTPUT/$2/last.pth.tar"
              [ "$KILL" != stock ] || exit 1;;
+  *segment.py) while [ "$1" != --output ]; do shift; done; mkdir -p "$2"; touch "$2/unet.png";;
 esac
 """)
     (tmp_path / 'python').chmod(0o755)
-    for folder in ('data/cifar10', 'data/tiny-imagenet', 'timm'):
+    for folder in ('data/cifar10', 'data/tiny-imagenet/val', 'data/imagenette/val', 'timm'):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / 'timm' / 'train.py').touch()
     log = tmp_path / 'log'
@@ -355,15 +356,18 @@ esac
     commands, _ = reproduce()
     assert [Path(c[0]).name for c in commands] == [
         'train.py', 'record_result.py', 'train_cifar.py', *['train.py', 'record_result.py'] * 6,
-        *['train_cifar.py'] * 3]
+        *[*['train.py', 'record_result.py'] * 4, 'segment.py'] * 3, *['train_cifar.py'] * 3]
     checkpoint = tmp_path / 'out' / 'gunn18-tiny-imagenet-3-0' / 'last.pth.tar'
     assert commands[0][commands[0].index('--resume') + 1] == str(checkpoint)
     trained = [dict(itertools.pairwise(c)) for c in commands if c[0].endswith('train.py')]
     assert [(c['--model'], c['--data-dir'], c['--epochs'], c['--seed']) for c in trained] == [
-        ('gunn18', 'tiny-imagenet', '3', '0'), *[(m, 'imagenette', '5', s) for s in '34' for m in (
-            'gunn18', 'sunn18', 'resnet50')]]
+        ('gunn18', 'tiny-imagenet', '3', '0'),
+        *[(m, 'imagenette', '5', s) for s in '34' for m in ('gunn18', 'sunn18', 'resnet50')],
+        *[(*run, s) for s in '012' for run in [('gunn18', 'imagenette', '3'), ('gunn15', 'cifar100', '1')] * 2]]
+    starts = [(c[c.index('--val-split') + 1], '--pretrained' in c) for c in commands if c[0].endswith('train.py')]
+    assert starts == [('val', False)] * 7 + [('val', False), ('test', False), ('val', True), ('test', True)] * 3
     recorded = [record_result.parse_args(c[1:]) for c in commands if 'record_result' in c[0]]
-    assert [r.minutes for r in recorded] == [None, *[0] * 6]
+    assert [r.minutes for r in recorded] == [None, *[0] * 18]
     runs = [train_cifar.parse_args(c[1:]) for c in commands if 'train_cifar' in c[0]]
     assert [(r.model, r.dataset_name, r.epochs, r.device) for r in runs] == [
         ('sunn15', 'CIFAR-10', 7, 'cpu'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu'),

@@ -35,13 +35,15 @@ cifar() {  # MODEL DATA NAME
   fi
 }
 
-stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED, by timm's train.py
-  local folder=$output/$1-$2-$6-$7 resume=() command
+stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED [OPTION...], by timm's train.py
+  local split=val resume=() command folder
+  folder=$output/$(IFS=; echo "$1-$2-$6-$7${*:8}")
   if [ -e "$folder/done" ]; then return; fi
-  command=(python train.py --data-dir "$2" --val-split val --model "$1" --num-classes "$4" --img-size "$5" --seed "$7"
+  [ -e "$data/$2/val" ] || split=test
+  command=(python train.py --data-dir "$2" --val-split $split --model "$1" --num-classes "$4" --img-size "$5" --seed "$7"
     --batch-size 64 --epochs "$6" --opt sgd --lr 0.1 --weight-decay 5e-4 --sched cosine --sched-on-updates
     --warmup-epochs 1 --warmup-lr 1e-3 --min-lr 0 --scale 0.25 1 --crop-pct 1 --color-jitter 0 --smoothing 0.1
-    --amp --amp-dtype bfloat16 --channels-last --checkpoint-hist 1)
+    --amp --amp-dtype bfloat16 --channels-last --checkpoint-hist 1 "${@:8}")
   if [ -e "$folder/last.pth.tar" ]; then
     resume=(--resume "$folder/last.pth.tar")
   fi
@@ -49,7 +51,7 @@ stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED, by timm's train.py
   (cd "$data" && "${command[@]/#train.py/$timm/train.py}" --device "$device" --workers 2 --output "$output" \
     --experiment "$(basename "$folder")" "${resume[@]}")
   python examples/record_result.py "$folder/last.pth.tar" "$folder/model.safetensors" --timm "$timm" \
-    --data-dir "$data/$2" --dataset-name "$3" --device "$device" --command "${command[*]}" \
+    --data-dir "$data/$2" --split $split --dataset-name "$3" --device "$device" --command "${command[*]}" \
     $([ ${#resume[@]} -gt 0 ] || echo --minutes $(((SECONDS - start) / 60)))
   touch "$folder/done"
 }
@@ -61,6 +63,15 @@ for seed in ${SEEDS:-0}; do
   for model in gunn18 sunn18 resnet50; do
     stock $model imagenette Imagenette 10 128 5 "$seed"
   done
+done
+# What the weights are worth: as many steps from them and from scratch.
+for seed in 0 1 2; do
+  for start in '' --pretrained; do
+    stock gunn18 imagenette Imagenette 10 64 3 $seed --lr 0.05 --warmup-epochs 0 $start
+    stock gunn15 cifar100 CIFAR-100 100 32 1 $seed --lr 0.05 --warmup-epochs 0 $start
+  done
+  [ -e "$output/segment-$seed/unet.png" ] || python examples/segment.py --models gunn18 gunn18.tiny_in \
+    --archs Unet --seed $seed --device "$device" --output "$output/segment-$seed"
 done
 cifar gunn15_nores cifar10 CIFAR-10
 cifar gunn15.c100 cifar100 CIFAR-100
