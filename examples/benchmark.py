@@ -10,8 +10,8 @@
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator (`:checkpointed`, with checkpoints
 by stage), `NAME:library` one without Triton kernels in it, `NAME:folded` (inference) a model with its norms folded by
 timm, `NAME:products` the matrix products and convolutions of a model's step alone, not compiled: what it would take if
-all else were free (attention counts as such). `:unblocked-forward`, `:unblocked-backward`, `:unfolded`, `:narrow` and
-`:matmul` switch off what the operator gains by blocks, folding, wide rows and convolutions in place of products.
+all else were free (attention counts as such). `:unblocked-forward`, `:unblocked-backward`, `:separate-norms`, `:narrow`
+and `:matmul` switch off what the operator gains by blocks, folding, wide rows and convolutions in place of products.
 Every round runs one step of each variant, one after the other, so that a drift of the machine's speed meets all of
 them, and every other round backwards; ratios are taken within a round. Times are medians over the rounds, with the
 interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
@@ -43,10 +43,10 @@ import torch.nn.functional as F
 from common import Row, machine, read_csv, write_csv
 from step_calls import Count, RecordProducts, fused_in_modes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._triton import has_triton_package
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gunn import GunnLayer
-from timm_gunn.ordered import has_triton
 
 MODELS = [
     'gunn18', 'sunn18', 'gunn18:composite', 'gunn18:folded', 'sunn18:folded',
@@ -77,13 +77,13 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     '': lambda model: model,
     'composite': composite,
     'checkpointed': checkpointed,
-    'library': switched('ordered.has_triton', lambda: False),
+    'library': switched('ordered.has_triton_package', lambda: False),
     'folded': timm.utils.reparameterize_model,
     'products': lambda model: model,  # see Products
-    # The operator without one of its devices.
+    # The operator without one of its optimisations.
     'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
     'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
-    'unfolded': switched('ordered.folded', lambda params, *_: params),
+    'separate-norms': switched('ordered.folded', lambda params, *_: params),
     'narrow': switched('aten_norm.AtenNorm._pack', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),
 }
@@ -464,7 +464,7 @@ def counted(network: Network) -> Count:
     """Calls of a forward and backward pass; the network's own tensors become fake."""
     counter = Count()
     with FakeTensorMode(allow_non_fake_inputs=True), (
-            mock.patch('timm_gunn.triton_norm.launch', counter.launch) if has_triton() else nullcontext()):
+            mock.patch('timm_gunn.triton_norm.launch', counter.launch) if has_triton_package() else nullcontext()):
         network.model.to_empty(device='cpu')
         network.x = torch.empty_like(network.x)
         with fused_in_modes(), counter:

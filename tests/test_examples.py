@@ -349,7 +349,7 @@ esac
 
     commands, printed = reproduce(KILL='cifar')
     assert len(commands) == 1
-    assert printed == 'paused; say it again to go on\n'
+    assert printed == 'paused; run it again to go on\n'
     commands, _ = reproduce(1, KILL='stock')
     assert [Path(c[0]).name for c in commands] == ['train_cifar.py', 'train.py']
     assert '--resume' not in commands[-1]

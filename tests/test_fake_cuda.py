@@ -12,7 +12,7 @@ import timm_gunn.ordered
 @pytest.fixture(autouse=True)
 def fake_kernels(monkeypatch):
     """PyTorch has no fake kernel of the batch's statistics; Triton kernels take no fake tensors at all."""
-    monkeypatch.setattr(timm_gunn.ordered, 'has_triton', lambda: False)
+    monkeypatch.setattr(timm_gunn.ordered, 'has_triton_package', lambda: False)
     library = torch.library.Library('aten', 'IMPL', 'Meta')
 
     def statistics(h, mean, variance, momentum):
@@ -53,13 +53,13 @@ def test_operator(x_dtype, param_dtype, dtype, options, training):
     with FakeTensorMode() as mode:
         params = [torch.empty_like(mode.from_tensor(t), device='cuda') for t in params]
         x = torch.empty(4, 24, 6, 5, device='cuda', dtype=x_dtype).to(memory_format=torch.channels_last)
-        kept = torch.empty(4, 6, device='cuda') if layer.drop_path.drop_prob else None
-        config = kept, [1e-5] * (len(params) // 5), 6, 1, layer.residual, dtype
+        drop_scale = torch.empty(4, 6, device='cuda') if layer.drop_path.drop_prob else None
+        config = drop_scale, [1e-5] * (len(params) // 5), 6, 1, layer.residual, dtype
         with NoHost():
             for keep in (False, True):
                 y, stats, saved = outputs = forward._init_fn(x, params, *config, keep)
                 assert described(outputs) == described(forward._abstract_fn(x, params, *config, keep))
             assert [t.numel() > 0 for t in stats] == [training] * len(stats)
             needs = [True, *[True, True, True, False, False] * len(config[1])]
-            args = torch.empty_like(y), x, y, saved, params, stats, kept, needs, *config[1:]
+            args = torch.empty_like(y), x, y, saved, params, stats, drop_scale, needs, *config[1:]
             assert described(backward._init_fn(*args)) == described(backward._abstract_fn(*args))

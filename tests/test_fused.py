@@ -46,6 +46,11 @@ def both_paths(layer, *args, **kwargs):
     return run(layer, *args, **kwargs), run(composite_of(layer), *args, **kwargs)
 
 
+def set_blocks(monkeypatch, columns):
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+        monkeypatch.setattr(timm_gunn.ordered, name, columns)
+
+
 @pytest.fixture(params=['library', *(['triton'] if INTERPRETED else [])])
 def norm_kernels(request, monkeypatch):
     """All implementations of the norms; those of CUDA devices run on the CPU too."""
@@ -60,12 +65,11 @@ def test_random_layers(seed, norm_kernels, monkeypatch):
     segments = rng.choice([2, 3, 5, 8])
     width = rng.choice([1, 2, 4, 5])
     size = segments * width, segments, rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3])
-    # Enough rows for the convolutions in place of products, and for folded rows, in every fourth.
+    # Enough rows for the convolutions in place of products, and for wide rows, in every fourth.
     shape = (2, 22, 27) if seed % 4 == 0 else (rng.choice([1, 2, 3]), rng.choice([2, 3, 6]), rng.choice([1, 4, 5]))
     options = dict(
         shortcut=rng.random() < 0.4, residual=rng.random() < 0.7, dilation=rng.choice([1, 1, 2]))
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, rng.randint(1, segments) * width)
+    set_blocks(monkeypatch, rng.randint(1, segments) * width)
     layer, ref = make_pair(size, **options)
     training = rng.random() < 0.7
     layer.train(training)
@@ -79,24 +83,11 @@ def test_random_layers(seed, norm_kernels, monkeypatch):
 def test_drop_path(norm_kernels, monkeypatch):
     torch.manual_seed(0)
     layer = make_layer(12, 3, shortcut=True).double()
-    kept = 2.0 * torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 0]])[:, :, None, None]
-    monkeypatch.setattr(GunnLayer, '_drop_scale', lambda self, x: kept.to(x.dtype))
+    drop_scale = 2.0 * torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 0]])[:, :, None, None]
+    monkeypatch.setattr(GunnLayer, '_drop_scale', lambda self, x: drop_scale.to(x.dtype))
     x, w = torch.randn(2, 3, 12, 4, 5, dtype=torch.float64)
     for fused, composite in zip(*both_paths(layer, x, w), strict=True):
         assert_close(fused, composite)
-
-
-@pytest.mark.parametrize('residual', [True, False])
-def test_gradcheck(residual):
-    torch.manual_seed(0)
-    layer = make_layer(6, 3, 2, 2, shortcut=True, residual=residual).double()
-    names = [name for name, _ in layer.named_parameters()]
-
-    def f(x, *params):
-        return torch.func.functional_call(layer, dict(zip(names, params, strict=True)), x)
-
-    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(f, (x, *layer.parameters()), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
@@ -105,8 +96,7 @@ def test_gradcheck(residual):
     (True, 'blocks of one')])
 def test_opcheck(shortcut, kind, training, monkeypatch):
     if kind == 'blocks of one':
-        for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-            monkeypatch.setattr(timm_gunn.ordered, name, 1)
+        set_blocks(monkeypatch, 1)
     layer = make_layer(6, 3, 2, shortcut=shortcut).train(training)
     if kind == 'folded':
         layer = timm.utils.reparameterize_model(layer)
@@ -117,8 +107,8 @@ def test_opcheck(shortcut, kind, training, monkeypatch):
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     n = len(params) // 5
-    kept = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]) if kind == 'drop path' else None
-    args = x, params, kept, [1e-5] * n, 3, 1, True, torch.bfloat16 if 'bfloat16' in kind else torch.float32
+    drop_scale = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]) if kind == 'drop path' else None
+    args = x, params, drop_scale, [1e-5] * n, 3, 1, True, torch.bfloat16 if 'bfloat16' in kind else torch.float32
     torch.library.opcheck(timm_gunn.ops.ordered_update, (*args, True))
     no_grad = x.detach(), [t.detach() for t in params], torch.ones(2, 3), *args[3:], False
     torch.library.opcheck(timm_gunn.ops.ordered_update, no_grad)
@@ -126,7 +116,7 @@ def test_opcheck(shortcut, kind, training, monkeypatch):
     y, stats, saved = timm_gunn.ops.ordered_update(*args, True)
     detach = lambda ts: [t.detach() for t in ts]  # noqa: E731
     needs = [True] + [k % 5 < 3 and t.numel() > 0 for k, t in enumerate(params)]
-    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(saved), detach(params), detach(stats), kept
+    tensors = torch.randn_like(x), x.detach(), y.detach(), detach(saved), detach(params), detach(stats), drop_scale
     torch.library.opcheck(timm_gunn.ops.ordered_update_backward, (*tensors, needs, *args[3:]))
 
 
@@ -151,8 +141,7 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
 
     There are enough values for the errors not to hang on a few that are rounded to the other side of a ReLU.
     """
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, 12)
+    set_blocks(monkeypatch, 12)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, residual=residual, shortcut=True)
     layer(2 * torch.randn(8, 64, 8, 8))  # statistics that are near those of x, but others
@@ -168,8 +157,7 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
     monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, 12)
+    set_blocks(monkeypatch, 12)
     torch.manual_seed(0)
     layer = make_layer(16, 4, shortcut=True)
     x, w = torch.randn(2, 8, 16, 16, 16)  # float32: the rounded state is another matrix
@@ -183,8 +171,7 @@ def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
 @pytest.mark.parametrize('kind', [*LOW_PRECISION, 'float32'])
 def test_inference_is_as_precise_as_the_composite(device, kind, block, monkeypatch):
     """Norms with given statistics become a part of the weights; means of several deviations are no harm."""
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, block)
+    set_blocks(monkeypatch, block)
     torch.manual_seed(0)
     layer = make_layer(64, 16, 2, shortcut=True, dilation=2)
     layer(5 + 2 * torch.randn(8, 64, 8, 8))
@@ -292,20 +279,20 @@ def test_dilated_bfloat16():
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
-def test_memory_format_is_kept(memory_format):
+def test_gradient_of_the_input_has_its_memory_format(memory_format):
     x = torch.randn(2, 12, 5, 4).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
-    y = make_layer(12, 3)(x)
-    y.sum().backward()
-    assert y.is_contiguous(memory_format=FORMATS[memory_format])
-    assert x.grad.is_contiguous(memory_format=FORMATS[memory_format])
+    grad, = torch.autograd.grad(make_layer(12, 3)(x).sum(), x)
+    assert grad.is_contiguous(memory_format=FORMATS[memory_format])
 
 
 @pytest.mark.parametrize('fmt', FORMATS)
 def test_gradients_have_the_strides_of_their_parameters(fmt):
     layer = make_layer(12, 3).to(memory_format=FORMATS[fmt])
-    layer(torch.randn(2, 12, 5, 4)).sum().backward()
-    for name, p in layer.named_parameters():
-        assert p.grad.stride() == p.stride(), name
+    params = dict(layer.named_parameters())
+    # As the operator gives them: .grad would have these strides whatever it gave.
+    grads = torch.autograd.grad(layer(torch.randn(2, 12, 5, 4)).sum(), list(params.values()))
+    for (name, p), grad in zip(params.items(), grads, strict=True):
+        assert grad.stride() == p.stride(), name
 
 
 def test_fifty_steps_of_training():
@@ -380,8 +367,7 @@ def backward_products(layer, x):
 
 
 def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, 1)
+    set_blocks(monkeypatch, 1)
     layer = make_layer(32, 4)
     x = torch.randn(2, 32, 6, 6, requires_grad=True)
     conv1, conv2, conv3 = (72 * v for v in (32 * 64, 9 * 64 * 16, 64 * 8))
@@ -397,8 +383,7 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch):
 @pytest.mark.parametrize('norm_trained', [True, False])
 def test_no_work_for_gradients_of_frozen_bottlenecks(norm_trained, norm_kernels, monkeypatch):
     """With fixed statistics, outputs of the last convolutions are wanted for the gradients of the norms' gammas."""
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
-        monkeypatch.setattr(timm_gunn.ordered, name, 1)
+    set_blocks(monkeypatch, 1)
     layer = make_layer(32, 4, 2, 2).eval()
     for name, p in layer.named_parameters():
         p.requires_grad_(norm_trained and 'bn' in name)
@@ -512,22 +497,6 @@ def test_compiles_under_autocast(training):
     assert_close(layer.state_dict(), expected.state_dict())
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_cuda_graph(training):
-    """A captured step, replayed on other values, gives what the layer gives without capture."""
-    torch.manual_seed(0)
-    layer = make_layer(64, 8, shortcut=True).cuda().train(training)
-    expected = copy.deepcopy(layer)
-    x, other = torch.randn(2, 4, 64, 8, 8, device='cuda')
-    state = copy.deepcopy(layer.state_dict())
-    captured = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
-    layer.load_state_dict(state)  # warm-up and capture have moved the running statistics
-    for a, b in zip(run(captured, other), run(expected, other), strict=True):
-        assert_close(a, b)
-    assert_close(layer.state_dict(), expected.state_dict())
-
-
 def mib_per_image(model, size=224):
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     return saved_bytes(model.to(memory_format=torch.channels_last), x)[0] / 2 / 2 ** 20
@@ -538,8 +507,6 @@ def test_saved_memory_of_gunn18():
     fused = mib_per_image(gunn18)
     assert fused < 75
     assert fused < mib_per_image(sunn18)
-    gunn18.set_grad_checkpointing()
-    assert mib_per_image(gunn18) < fused / 2
 
 
 def test_the_switch():

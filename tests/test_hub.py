@@ -24,7 +24,7 @@ from images import image_folder
 from PIL import Image
 
 from timm_gunn import verify
-from timm_gunn.verify import fingerprint_image, known_weights
+from timm_gunn.verify import known_weights
 
 ROOT = Path(__file__).parent.parent
 MODEL, REPO = 'gunn15.c10', 'me/gunn15.c10'
@@ -871,10 +871,3 @@ def test_verify_of_names_without_weights(capsys, monkeypatch):
         'gunn15.c10': dict(record, logits=[record['logits'][0] + 1e-4, *record['logits'][1:]])})
     assert verify.main([]) == 1
     assert 'gunn15.c10: the logits of the fixed image are others, though' in capsys.readouterr().out
-
-
-def test_fingerprint_image_is_the_same_everywhere():
-    image = fingerprint_image((3, 2, 5))
-    assert image.shape == (1, 3, 2, 5)
-    expected = [(k * 2654435761 % 2 ** 32) / 2 ** 30 - 2 for k in range(1, 31)]
-    assert image.flatten().tolist() == expected

@@ -260,11 +260,6 @@ def test_loaders_that_cannot_be_followed(wheel_env, fake, loader):
     assert result.stderr.count('RuntimeWarning: timm-gunn c') == 1
 
 
-def test_no_timm_at_all(wheel_env, fake):
-    env = fake('timm.py', 'raise ModuleNotFoundError("No module named timm")')
-    assert 'No module named timm' in wheel_env('import torch; print(1); import timm', fails=True, **env).stderr
-
-
 def test_spawned_loader_workers_unpickle_a_model(wheel_env, fake):
     env = fake('spawning.py', '''
         import timm, torch

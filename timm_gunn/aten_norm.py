@@ -43,11 +43,9 @@ class AtenNorm:
     """
 
     def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
-        self.exists, self.batch = params.gamma.numel() > 0, batch_stats
+        self.exists, self.batch_stats = params.gamma.numel() > 0, batch_stats
         self.rows, self.eps, self.dtype = rows, eps, dtype
         self.affine_needed = True
-        self.means: List[torch.Tensor] = []  # of the batch
-        self.variances: List[torch.Tensor] = []
         self.empty = params.beta.new_zeros(0, dtype=stats_dtype(dtype))
         self.grad_gamma, self.grad_beta = [self.empty] * segments, [self.empty] * segments
         if self.exists:
@@ -78,13 +76,10 @@ class AtenNorm:
         """Repeat (channels,), or (P, channels), for the channels of wide rows."""
         return t if self.pack == 1 else torch.cat([t] * self.pack, -1)
 
-    def measure(self, h: torch.Tensor) -> torch.Tensor:
-        """Take the statistics of the batch for the next unit, if they are wanted; returns h."""
-        if self.batch:
-            mean, variance = self._statistics(h)
-            self.vectors[len(self.means)] += self._repeat(mean), self._repeat(variance)
-            self.means.append(mean)
-            self.variances.append(variance)
+    def measure(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        """Take the statistics of the batch for unit i, if they are wanted; returns h."""
+        if self.batch_stats:
+            self.vectors[i] += tuple(map(self._repeat, self._statistics(h)))
         return h
 
     def _statistics(self, h: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +93,9 @@ class AtenNorm:
 
     def batch_statistics(self) -> List[torch.Tensor]:
         """Mean and biased variance of the batch, of all units; empty if they were not taken."""
-        return [torch.cat(self.means), torch.cat(self.variances)] if self.batch else [self.empty, self.empty.clone()]
+        if not self.batch_stats:
+            return [self.empty, self.empty.clone()]
+        return [torch.cat([v[k][:len(v[k]) // self.pack] for v in self.vectors]) for k in (2, 3)]
 
     def apply(self, i: int, h: torch.Tensor) -> torch.Tensor:
         """Normalise; h itself without a norm."""
@@ -148,7 +145,7 @@ class AtenNorm:
     @property
     def reads_input(self) -> bool:
         """Whether backward() reads h."""
-        return self.exists and (self.batch or self.affine_needed)
+        return self.exists and (self.batch_stats or self.affine_needed)
 
     def backward(
             self,
@@ -176,7 +173,7 @@ class AtenNorm:
         inv_std = self.inv_stds[i]
         if grad.is_cuda and self.reads_input:  # on a CPU, several calls are faster than this one
             grad_h, self.grad_gamma[i], self.grad_beta[i] = aten.native_batch_norm_backward(
-                grad, h, gamma, mean, variance, mean, inv_std, self.batch, self.eps, [True, True, True])
+                grad, h, gamma, mean, variance, mean, inv_std, self.batch_stats, self.eps, [True, True, True])
             return grad_h
         scale = gamma * inv_std
         if self.reads_input:
@@ -184,7 +181,7 @@ class AtenNorm:
                 grad, h, None, mean, variance, None, None, False, self.eps, [False, True, True])
             self.grad_gamma[i], self.grad_beta[i] = (
                 sums if self.pack == 1 else (t.view(self.pack, -1).sum(0) for t in sums))
-        if not self.batch:
+        if not self.batch_stats:
             return (grad * scale).to(self.dtype)
         # scale * (grad - grad_beta / rows - normalised h * grad_gamma / rows), written as linear in grad and h
         by_h = (scale * inv_std).mul_(self._repeat(self.grad_gamma[i])).div_(-self.rows)

@@ -19,9 +19,8 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
         return 'a trace or export takes the operations one by one'
     if not torch.compiler.is_compiling() and (_transformed() or is_in_torch_dispatch_mode(False)):
         return 'torch.func, forward-mode derivatives and dispatch modes need the operations one by one'
-    autocast, dtype = _autocasts(x), compute_dtype(x)
-    supported = x.device.type in ('cpu', 'cuda', 'meta') and dtype in _DTYPES
-    if not supported or x.dtype not in (dtype, torch.float32):
+    dtype = compute_dtype(x)
+    if x.device.type not in ('cpu', 'cuda', 'meta') or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
         return f'an input of {x.dtype} on {x.device}, computed in {dtype}'
     if nn.modules.module._has_any_global_hook():
         return 'global module hooks'
@@ -35,10 +34,9 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
         settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         if settings != ((size, size), (1, 1), (d * (size // 2),) * 2, (d, d)):
             return f'convolution {conv}'
-        castable = autocast and weight.dtype != torch.float64
-        if weight.device != x.device or (weight.dtype != dtype and not castable):
+        if weight.device != x.device or compute_dtype(weight) != dtype:
             return f'an input of {x.dtype} on {x.device}, weights of {weight.dtype} on {weight.device}'
-        known = norms.is_plain(c.bn) or norms.is_torchvision_frozen(c.bn)
+        known = norms.is_batch_norm2d(c.bn) or norms.is_torchvision_frozen(c.bn)
         if type(c.bn) is not nn.Identity and (conv.bias is not None or not known):
             return f'norm {type(c.bn).__name__}, convolution with{"out" if conv.bias is None else ""} bias'
         if values <= 1 and norms.takes_batch_stats(c.bn):
@@ -47,7 +45,7 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
 
 
 def check_slices(layer: nn.Module) -> None:
-    """Raise TypeError if the slices that an ordered layer runs are not all there is to a module; warn of hooks."""
+    """Raise TypeError where a module does more than its slices would; warn of hooks."""
     convs = layer._conv_norms()
     sliced = [layer.bottlenecks, *layer.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
     odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
@@ -59,7 +57,7 @@ def check_slices(layer: nn.Module) -> None:
             odd.append(f'a {type(c).__name__} of {type(c.conv).__name__}')
         elif c.conv.padding_mode != 'zeros' or not norms.owns_weight(c.conv):
             odd.append(f'{c.conv} of {", ".join(c.conv._parameters)}')
-        elif not norms.is_plain(c.bn) and not norms.has_slices(c.bn, c.conv.out_channels):
+        elif not norms.is_batch_norm2d(c.bn) and not norms.has_slices(c.bn, c.conv.out_channels):
             odd.append(f'{type(c.bn).__name__} of {", ".join(name for name, _ in c.bn.named_parameters())}')
     advice = 'make plain modules of its units first, with timm_gunn.unstack_model(model).'
     if odd:
@@ -82,11 +80,9 @@ def _transformed() -> bool:
     return stack() is not None or getattr(fwAD, '_current_level', -1) >= 0
 
 
-def _autocasts(x: torch.Tensor) -> bool:
+def compute_dtype(t: torch.Tensor) -> torch.dtype:
+    """Dtype that a convolution computes in with t as input or weight: autocast's, where it is on, but for float64."""
+    device = t.device.type
     # A device without autocast has none to ask for.
-    return x.device.type in ('cpu', 'cuda') and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype that convolutions of x compute in."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+    autocasts = device in ('cpu', 'cuda') and torch.is_autocast_enabled(device) and t.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocasts else t.dtype

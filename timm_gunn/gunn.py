@@ -53,9 +53,7 @@ class ConvNormAct(nn.Sequential):
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
         reset_norm(self.bn)
 
-    def reparameterize(self) -> None:
-        """Fold the norm into the convolution, for inference; timm.utils.reparameterize_model calls this."""
-        fold_norm(self)
+    reparameterize = fold_norm  # called by timm.utils.reparameterize_model
 
 
 class GunnStage(ConvNormAct):

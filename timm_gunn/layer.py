@@ -156,7 +156,7 @@ class GunnLayer(nn.Module):
             torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in params)))
         count = x.shape[0] * x.shape[2] * x.shape[3]
         for c, mean, variance in zip(convs, stats[::2], stats[1::2], strict=True):
-            if mean.numel():
+            if mean.numel() and c.bn.running_mean is not None:
                 norms.update_running_stats(c.bn, mean, variance, count)
         return y
 
@@ -173,30 +173,20 @@ class GunnLayer(nn.Module):
         return scale.view(-1, self.segments, 1, 1)
 
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        """Stay one node in a symbolic trace, which would turn slices of running statistics into constants."""
+        """Stay one node in a trace, torchvision's too, which would turn slices of running statistics into constants."""
         if x.tracer.root is self:
             raise TypeError('GunnLayer: torch.fx can trace a layer as a part of another module, or unstack_model(it).')
         return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
 
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
-        self.stack_units(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def stack_units(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Make weights of this layer, in place, of those of the plain form that unstack_model gives it."""
+        """Take weights of the plain form, too, which unstack_model makes of this layer."""
         for name, own in [*self.named_parameters(), *self.named_buffers()]:
             keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
             units = [state_dict.pop(key) for key in keys if key in state_dict]
             if units:  # counters, and parameters of an activation, are the same in all units
                 stacked = own.ndim > 0 and len(own) > len(units[0])
                 state_dict[prefix + name] = torch.cat(units) if stacked else units[0]
-
-    def __prepare_scriptable__(self) -> 'GunnLayer':
-        """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
-        for m in self.modules():
-            if isinstance(m, ConvNorm) and type(m.bn) not in (nn.BatchNorm2d, nn.Identity):
-                raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(m.bn)}.')
-        return self
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f'{self.channels}, segments={self.segments}, ordered={self.ordered}, residual={self.residual}'
@@ -273,9 +263,13 @@ class ConvNorm(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity='relu')
         norms.reset_norm(self.bn)
 
-    def reparameterize(self) -> None:
-        """Fold the norm into the convolution, for inference; timm.utils.reparameterize_model calls this."""
-        norms.fold_norm(self)
+    reparameterize = norms.fold_norm  # called by timm.utils.reparameterize_model
+
+    def __prepare_scriptable__(self) -> 'ConvNorm':
+        """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
+        if type(self.bn) not in (nn.BatchNorm2d, nn.Identity):
+            raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(self.bn)}.')
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""
@@ -289,7 +283,7 @@ class ConvNorm(nn.Module):
             self.conv.stride, self.conv.padding, self.conv.dilation)
         if torch.jit.is_scripting():
             return self._batch_norm_unit(x, start, stop) if hasattr(self.bn, 'running_mean') else x
-        if norms.is_plain(self.bn):
+        if norms.is_batch_norm2d(self.bn):
             return self._batch_norm_unit(x, start, stop)
         return norms.norm_unit(self.bn, x, start, stop)
 

@@ -11,8 +11,8 @@ from torch.nn.utils import fuse_conv_bn_weights
 def owns_weight(module: nn.Module) -> bool:
     """Whether a module's weight is its parameter, or a view of a flat one, and not made of others by a hook.
 
-    Pruning and the older spectral_norm and weight_norm leave such others; hooks that only look on, as of those who
-    count operations, leave none.
+    Pruning and the older spectral_norm and weight_norm add parameters such as weight_orig. Hooks that only count add
+    none.
     """
     return module._parameters.keys() <= {'weight', 'bias'}
 
@@ -24,12 +24,10 @@ def has_slices(norm: nn.Module, channels: int) -> bool:
     running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but no pruned
     or parametrised ones, no shards of FSDP, and no tensors of other shapes.
     """
-    others = (
-        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
     params, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
     owned = all(name.rpartition('.')[2] in ('weight', 'bias') for name in params)
     known = owned if isinstance(norm, _BatchNorm) else {'running_mean', 'running_var'} <= buffers.keys()
-    return type(norm) is nn.Identity or (known and not isinstance(norm, others) and all(
+    return type(norm) is nn.Identity or (known and all(
         (t.shape == (channels,) or t.numel() == 1) and not hasattr(t, 'to_local')
         for t in (*params.values(), *buffers.values())))
 
@@ -57,8 +55,8 @@ def fold_norm(module: nn.Module) -> None:
     module.bn = nn.Identity()
 
 
-def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an nn.BatchNorm2d, no subclass, with its weight and the statistics that it tracks its own."""
+def is_batch_norm2d(norm: nn.Module) -> bool:
+    """Whether a norm is an nn.BatchNorm2d itself, owns its weight, and has the running statistics that it tracks."""
     return (
         type(norm) is nn.BatchNorm2d and norm.track_running_stats == (norm.running_mean is not None)
         and owns_weight(norm))
@@ -70,15 +68,13 @@ def is_torchvision_frozen(norm: nn.Module) -> bool:
 
 
 def takes_batch_stats(norm: nn.Module) -> bool:
-    """Whether a plain BatchNorm normalises with the statistics of the batch; False for norms without statistics."""
+    """Whether a norm takes its statistics from the batch; frozen norms and nn.Identity never do."""
     return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
 
 
 @torch.no_grad()
 def update_running_stats(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
     """Do to the running statistics what nn.BatchNorm2d does, given the batch's mean and biased variance."""
-    if not norm.training or norm.running_mean is None:
-        return
     momentum, tracked = norm.momentum, norm.num_batches_tracked
     if tracked is not None:
         tracked.add_(1)

@@ -6,6 +6,7 @@ import math
 from typing import List, Optional, Tuple
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from .aten_norm import stats_dtype, unflatten
@@ -68,7 +69,8 @@ def ordered_update_backward(
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     """Gradients of x and of weight, gamma and beta of every convolution: Algorithm 1 and Eq. 6.
 
-    `needs` has an entry for x and one for each entry of `params`. Returned are those that are needed, x's empty if not.
+    `needs` has an entry for x and one for each entry of `params`. Returns x's gradient, empty if not needed, and those
+    of the parameters that need one.
     """
     with torch.autocast(x.device.type, enabled=False):
         layer = OrderedLayer(x, params, stats, drop_scale, eps, segments, dilation, residual, dtype)
@@ -82,32 +84,29 @@ def _fake_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *
 
 
 def _setup_context(ctx, inputs, output):
-    x, params, drop_scale, *config, keep = inputs
+    x, params, drop_scale, *ctx.config, keep = inputs
     y, stats, saved = output
     if not keep:
         raise RuntimeError('timm_gunn::ordered_update: an input requires a gradient, expected keep=True.')
     ctx.set_materialize_grads(False)  # no zeros in the size of the saved tensors
-    # A later step in training mode may update given statistics before the backward pass of this one.
+    # A later training step may update running statistics before this step's backward pass.
     params = [t.clone() if k % 5 > 2 and t.numel() else t for k, t in enumerate(params)]
-    tensors = x, y, *params, *stats, *saved, *([] if drop_scale is None else [drop_scale])  # no None, for torchviz
-    ctx.config, ctx.num_params, ctx.num_stats, ctx.drops = config, len(params), len(stats), drop_scale is not None
+    # In a list, so that no None is saved: torchviz draws tensors alone.
+    tensors, ctx.tree = tree_flatten((x, y, saved, params, stats, [t for t in [drop_scale] if t is not None]))
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad, *_):
     rest = [None] * 7
     if grad is None:
-        return (None, [None] * ctx.num_params, *rest)
+        return (None, [None] * len(ctx.needs_input_grad[1]), *rest)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             'GunnLayer: the fused layer has no second derivative, and create_graph=True asks for one; '
             'set fused=False on the layer.')
-    x, y, *tensors = ctx.saved_tensors
-    drop_scale = tensors.pop() if ctx.drops else None
-    params, tensors = tensors[:ctx.num_params], tensors[ctx.num_params:]
-    stats, saved = tensors[:ctx.num_stats], tensors[ctx.num_stats:]
+    *tensors, drop_scale = tree_unflatten(ctx.saved_tensors, ctx.tree)
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    grad_x, grads = ordered_update_backward(grad, x, y, saved, params, stats, drop_scale, needs, *ctx.config)
+    grad_x, grads = ordered_update_backward(grad, *tensors, *(drop_scale or [None]), needs, *ctx.config)
     grads = iter(grads)
     return grad_x if needs[0] else None, [next(grads) if need else None for need in needs[1:]], *rest
 

@@ -25,30 +25,29 @@ others only x.
 The narrower a segment, the more often the whole state is read for few output columns. So neighbouring segments form
 blocks that share products. Forward, a block's units read the state before it in one product, and each adds what
 `change` contributes. Backward, a copy of the block's columns of G carries what its units send each other, and G gets
-all that they send in one product. Their weights' gradients are computed as if they had met x in the block; the columns
-that they have met as y are overwritten.
+all that they send in one product. A weight's gradient is first computed as if its unit had met x in the whole block.
+Then the columns that it met as y are overwritten.
 
-What each device is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
+What each optimisation is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
 (`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
 for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composites training of 3):
 
-| device | KIND | GUNN-18 | GUNN-15 |
+| optimisation | KIND | GUNN-18 | GUNN-15 |
 |---|---|---|---|
 | blocks forward | unblocked-forward | - (one segment is a block) | 1.20 / 1.08, 1.09 / 1.17 |
 | blocks backward | unblocked-backward | 1.03 / -, 1.00 / - | 1.00 / -, 1.12 / - |
 | rows as wide ones (aten_norm.py) | narrow | 1.01 / -, 0.97 / - | 1.21 / 1.00, 1.31 / 1.01 |
 | state read by convolutions, not products | matmul | 1.07 / 1.48, 1.00 / 0.96 | 1.18 / 1.31, 1.05 / 1.03 |
-| norms folded in passing | unfolded | - / 1.12, - / 1.09 | - / 1.05, - / 1.06 |
+| norms folded in passing | separate-norms | - / 1.12, - / 1.09 | - / 1.05, - / 1.06 |
 | all: the composite of modules | composite | 1.21 / 1.45, - / 1.31 | 1.74 / 2.34, - / 2.12 |
 | and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
 """
-import functools
-import importlib.util
 from typing import List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import fuse_conv_bn_weights
+from torch.utils._triton import has_triton_package
 
 from .aten_norm import AtenNorm, Params, stats_dtype, unflatten
 
@@ -56,7 +55,7 @@ aten = torch.ops.aten
 
 # Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
-CONV_ROWS = 1024  # from which on a CPU reads the state by a 1x1 convolution instead of a product
+CONV_ROWS = 1024  # from which a CPU reads the state by a 1x1 convolution instead of a product
 
 
 class OrderedLayer:
@@ -99,7 +98,7 @@ class OrderedLayer:
             batch_stats = p.takes_batch_stats
             if batch_stats and stats:
                 p = p._replace(mean=stats[2 * i], variance=stats[2 * i + 1])
-            # On a CPU, small maps are sooner scaled than large weights.
+            # On a CPU, folding large weights costs more than normalising small maps.
             elif fold and p.mean.numel() and (x.is_cuda or p.weight[0].numel() <= self.rows):
                 p = folded(p, e, stats_dtype(dtype))
             self.convs.append(Conv(p, e, batch_stats, self.rows, segments, dtype))
@@ -108,8 +107,8 @@ class OrderedLayer:
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
-        """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, h of each unit."""
-        y = _clone(x)
+        """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, what backward() takes."""
+        y = x.clone(memory_format=torch.channels_last)
         out = _matrix(y)
         state = out if x.dtype == self.dtype else out.to(self.dtype)  # what is read is rounded, the residual is not
         saved: List[torch.Tensor] = []
@@ -134,7 +133,7 @@ class OrderedLayer:
 
     def _blocks(self, columns: int) -> List[Tuple[int, int]]:
         """First segment of each block, and the one after its last."""
-        size = min(self.segments, max(1, columns // self.width))
+        size = max(1, columns // self.width)
         return [(start, min(start + size, self.segments)) for start in range(0, self.segments, size)]
 
     def _columns(self, start: int, stop: int) -> slice:
@@ -143,10 +142,10 @@ class OrderedLayer:
 
     def _read(self, conv: 'Conv', state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Outputs of a convolution of units [start, stop) on one and the same state."""
-        units = conv.units(start, stop)
-        weight, bias = conv.weight[units], None if conv.bias is None else conv.bias[units]
+        chs = conv.channels(start, stop)
+        weight, bias = conv.weight[chs], None if conv.bias is None else conv.bias[chs]
         if state.is_cuda or self.rows < CONV_ROWS:
-            return _linear(state, weight, bias)
+            return F.linear(state, weight, bias)
         return self._conv2d(state, weight[:, :, None, None], bias)
 
     def _conv2d(
@@ -164,18 +163,17 @@ class OrderedLayer:
         for conv1, conv2, conv3 in self.bottlenecks:
             if norm is not None:
                 h = conv1.linear(i, norm.apply(i, h))
-            h1 = conv1.norm.measure(h)
+            h1 = conv1.norm.measure(i, h)
             a = conv1.norm.activate(i, h1, in_place=not keep)
-            h2 = conv2.norm.measure(self._conv2d(a, conv2.weights[i], conv2.biases[i], self.dilation))
+            h2 = conv2.norm.measure(i, self._conv2d(a, conv2.weights[i], conv2.biases[i], self.dilation))
             if keep:
                 saved += [h1, h2]
             norm, a = conv3.norm, conv2.norm.activate(i, h2, in_place=not keep)
-            h = norm.measure(conv3.linear(i, a))
-        for proj, p in zip(self.readers[1:], reads[1:], strict=True):
-            proj.norm.measure(p)
-            if keep:
-                saved.append(p)
-        return [(norm, h), *((proj.norm, p) for proj, p in zip(self.readers[1:], reads[1:], strict=True))]
+            h = norm.measure(i, conv3.linear(i, a))
+        if keep:
+            saved += reads[1:]
+        return [(norm, h), *(
+            (proj.norm, proj.norm.measure(i, p)) for proj, p in zip(self.readers[1:], reads[1:], strict=True))]
 
     def backward(
             self,
@@ -186,7 +184,7 @@ class OrderedLayer:
             needs: List[bool],
     ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """Algorithm 1: gradients of x, empty if not needed, and of those of `params` that need one."""
-        g_map = _clone(grad)
+        g_map = grad.clone(memory_format=torch.channels_last)
         g = _matrix(g_map)
         x_needed, *needs = needs
         xs, ys = (_matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
@@ -201,7 +199,7 @@ class OrderedLayer:
             # What units pass on within the block goes to a copy. G gets all that they send in one product, later.
             dtype = g.dtype if self.residual else stats_dtype(self.dtype)
             passed = g[:, block].to(dtype, copy=True, memory_format=torch.contiguous_format)
-            sent = [g.new_empty(self.rows, conv.width * count, dtype=self.dtype) for conv in self.readers]
+            sent = [g.new_empty(self.rows, conv.unit_chs * count, dtype=self.dtype) for conv in self.readers]
             slots = list(zip(*[t.chunk(count, 1) for t in sent], strict=True))
             for i in reversed(range(start, stop)):
                 received = passed[:, self._columns(i - start, i - start + 1)]
@@ -214,14 +212,14 @@ class OrderedLayer:
                 g[:, block] -= passed
             columns = slice(None) if x_needed else earlier
             for conv, d in zip(self.readers, sent, strict=True):
-                units = conv.units(start, stop)
-                _accumulate(g[:, columns], d, conv.weight[units, columns])
+                chs = conv.channels(start, stop)
+                _accumulate(g[:, columns], d, conv.weight[chs, columns])
                 if conv.needs[0]:
-                    weight_grad = conv.grad.view_as(conv.weight)[units]
+                    weight_grad = conv.grad.view_as(conv.weight)[chs]
                     torch.mm(d.t(), ys[:, earlier], out=weight_grad[:, earlier])
                     torch.mm(d.t(), xs[:, block.start:], out=weight_grad[:, block.start:])
                     for i in range(start + 1, stop):  # has met earlier units' segments of the block as y
-                        met, unit = self._columns(start, i), conv.units(i - start, i - start + 1)
+                        met, unit = self._columns(start, i), conv.channels(i - start, i - start + 1)
                         torch.mm(d[:, unit].t(), ys[:, met], out=weight_grad[unit, met])
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
@@ -273,7 +271,7 @@ class Conv:
         weight = params.weight.to(dtype)
         self.weight = weight.flatten(1) if weight.shape[2] == 1 else weight
         self.weights = self.weight.chunk(segments)
-        self.width = len(weight) // segments
+        self.unit_chs = len(weight) // segments
         self.norm = norm_class(weight)(params, eps, batch_stats, rows, segments, dtype)
         self.bias = params.beta.to(dtype) if params.beta.numel() and not self.norm.exists else None
         self.biases = [None] * segments if self.bias is None else self.bias.chunk(segments)
@@ -281,18 +279,18 @@ class Conv:
         self.grad: Optional[torch.Tensor] = None
         self.grads: List[torch.Tensor] = []  # what is still to be copied there, from the last unit to the first
 
-    def units(self, start: int, stop: int) -> slice:
+    def channels(self, start: int, stop: int) -> slice:
         """Output channels of units [start, stop)."""
-        return slice(start * self.width, stop * self.width)
+        return slice(start * self.unit_chs, stop * self.unit_chs)
 
     def linear(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Output of unit i, for convolutions of one pixel."""
-        return _linear(x, self.weights[i], self.biases[i])
+        return F.linear(x, self.weights[i], self.biases[i])
 
     def write_gradient(self, i: int, d: torch.Tensor, x: torch.Tensor) -> None:
         """Gradient of unit i's weight, d^T x, for convolutions of one pixel."""
         if self.needs[0]:
-            torch.mm(d.t(), x, out=self.grad.view_as(self.weight)[self.units(i, i + 1)])
+            torch.mm(d.t(), x, out=self.grad.view_as(self.weight)[self.channels(i, i + 1)])
 
     def gradients(self) -> List[torch.Tensor]:
         """Those that are needed of weight, gamma and beta, in the parameters' dtypes and strides."""
@@ -304,35 +302,23 @@ class Conv:
 
 def norm_class(weight: torch.Tensor) -> Type[AtenNorm]:
     """Norm of a weight's device: by Triton kernels on CUDA devices, where Triton is installed."""
-    if weight.is_cuda and has_triton():
+    if weight.is_cuda and has_triton_package():
         from .triton_norm import TritonNorm
         return TritonNorm
     return AtenNorm
 
 
-@functools.lru_cache(None)
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec('triton') is not None
-
-
 def folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
     """A convolution with a bias that does what it and its norm do."""
-    none = p.gamma.new_empty(0)
     weight, gamma, beta, mean, variance = (t.to(dtype) for t in p)
     weight, bias = fuse_conv_bn_weights(weight, None, mean, variance, eps, gamma, beta)
-    return Params(weight, none, bias, none, none)
+    return Params(weight, gamma[:0], bias, gamma[:0], gamma[:0])
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
     """Memory format of outputs and gradients of a map."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _clone(x: torch.Tensor) -> torch.Tensor:
-    """Copy a map to channels-last memory."""
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
@@ -343,10 +329,6 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
 def _map(x: torch.Tensor, shape: Tuple[int, int, int]) -> torch.Tensor:
     """View a matrix (B * H * W, C) as a channels-last map (B, C, H, W)."""
     return x.view(*shape, -1).permute(0, 3, 1, 2)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def _accumulate(g: torch.Tensor, d: torch.Tensor, weight: torch.Tensor) -> None:

@@ -16,16 +16,13 @@ from .aten_norm import AtenNorm
 # Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
 PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
 
-SIZES = ['h_step', 'other_step', 'out_step', 'state_step', 'change_step', 'grad_step', 'rows', 'channels']
-VECTORS = [
-    'gamma', 'beta', 'mean', 'variance', 'other_gamma', 'other_beta', 'other_mean', 'other_variance',
-    'grad_gamma', 'grad_beta', 'ticket', 'partials']
+MATRICES = 'h', 'other', 'out', 'state', 'change', 'grad'  # how these are aligned may choose the kernel
 
 
 def _jit(function: Callable) -> Callable:
     """Compile once for all sizes."""
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[n for n in SIZES + VECTORS if n in names])
+    return triton.jit(function, do_not_specialize=[n for n in names if n not in MATRICES and not n.isupper()])
 
 
 def launch(kernel: Callable, programs: int, warps: int, *args, **constants) -> None:
@@ -285,5 +282,5 @@ class TritonNorm(AtenNorm):
         programs, warps, align, blocks = self._blocks(PASS, *matrices)
         launch(_backward, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align, *self.vectors[i],
                grad_gamma, grad_beta, out, out.stride(0) // align, self.rows, channels // align, EPS=self.eps,
-               RELU=relu, BATCH=self.batch, **blocks)
+               RELU=relu, BATCH=self.batch_stats, **blocks)
         return out

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from .checks import check_slices
-from .layer import ConvNorm, GunnLayer
+from .layer import GunnLayer
 
 __all__ = ['unstack_model']
 
@@ -71,12 +71,11 @@ class Unit(nn.Module):
         super().__init__()
         # What a copy makes of the layer's tensors: slices of those that are stacked; all units share the others.
         memo = {id(p): p for p in layer.parameters()}
-        for m in layer.modules():
-            if isinstance(m, ConvNorm):
-                for t in [*m.parameters(), *m.buffers()]:
-                    if t.numel() > 1:
-                        part = t.detach()[i * m.unit_chs:(i + 1) * m.unit_chs].clone()
-                        memo[id(t)] = nn.Parameter(part, t.requires_grad) if isinstance(t, nn.Parameter) else part
+        for m in layer._conv_norms():
+            for t in [*m.parameters(), *m.buffers()]:
+                if t.numel() > 1:
+                    part = t.detach()[i * m.unit_chs:(i + 1) * m.unit_chs].clone()
+                    memo[id(t)] = nn.Parameter(part, t.requires_grad) if isinstance(t, nn.Parameter) else part
         self.bottlenecks, self.proj = copy.deepcopy((layer.bottlenecks, layer.proj), memo)
         self.drop_path = copy.deepcopy(layer.drop_path)
         for m in self.modules():

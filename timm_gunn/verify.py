@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -47,10 +48,8 @@ def fingerprint(model: nn.Module, size: Sequence[int]) -> List[float]:
 
 def find_config(name: str) -> Optional[PretrainedCfg]:
     """Pretrained config of a name, with its tag or without; None if timm knows no such name or tag."""
-    try:
-        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except RuntimeError:  # no such tag
-        return None
+    with suppress(RuntimeError):  # no such tag
+        return timm.get_pretrained_cfg(name)
 
 
 def find_file(cfg: PretrainedCfg) -> Path:

@@ -30,7 +30,7 @@ cifar() {  # MODEL DATA NAME
     --device "$device" "${on[@]}" --batch-size $batch --epochs "$epochs" --schedule onecycle --weight-decay 5e-4 \
     --smoothing 0.1 --shift 0 --output "$folder" --results "$root/weights/results.csv")
   if [ ! -e "$folder/result.csv" ]; then
-    echo 'paused; say it again to go on'
+    echo 'paused; run it again to go on'
     exit
   fi
 }
