@@ -30,7 +30,7 @@ class RecordProducts(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.products = {getattr(torch.ops.aten, name) for name in (
-            'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'conv2d', 'convolution', 'convolution_backward')}
+            'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'linear', 'conv2d', 'convolution', 'convolution_backward')}
         self.calls: List[Tuple[Callable, List[Any], Dict[str, Any]]] = []
         self.memory: Dict[Tuple, torch.Tensor] = {}
 

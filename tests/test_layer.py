@@ -3,6 +3,7 @@ import copy
 import functools
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm.layers
@@ -211,6 +212,10 @@ CHANGES = {
     'convolution with another call, as by nncf': ('conv1.conv', replace_call, 'a Conv2d whose forward is replaced'),
     'bottleneck with another forward': ('', replace_forward, 'a Bottleneck whose forward is replaced'),
     'other bottleneck': ('', lambda m: OddBottleneck(12, 24, 3), 'OddBottleneck'),
+    'wrapped bottleneck': ('', nn.Sequential, 'a Sequential'),
+    'wrapped convolution and norm': ('conv3', nn.Sequential, 'a Sequential'),
+    'wider convolution': ('conv1.conv', lambda m: nn.Conv2d(12, 30, 1), r'Conv2d\(12, 30'),
+    'wider norm': ('conv1.bn', lambda m: nn.BatchNorm2d(30), 'BatchNorm2d'),
 }
 
 
@@ -227,7 +232,7 @@ def test_modules_that_are_more_than_their_slices(name):
     where, how, what = CHANGES[name]
     layer = GunnLayer(12, 3)
     change(layer, f'bottlenecks.0.{where}'.strip('.'), how)
-    for run in (layer, unstack_model):
+    for run in (layer, unstack_model, torch.jit.script):
         with pytest.raises(TypeError, match=rf'slices.* cannot stand for .*{what}.*timm_gunn\.unstack_model\(model\)'):
             run(torch.randn(2, 12, 3, 3) if run is layer else layer)
 
@@ -254,8 +259,10 @@ def test_hooks_that_cannot_run(module):
     layer, x = GunnLayer(12, 3, shortcut=True), torch.randn(2, 12, 3, 3)
     y = layer(x)
     handle = layer.get_submodule(module).register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match=r'hooks .* are not called.*timm_gunn\.unstack_model'):
-        assert_close(layer(x), y)
+    torch._dynamo.reset()
+    for run in (layer, torch.compile(layer, backend='eager', fullgraph=True)):
+        with pytest.warns(UserWarning, match=r'hooks .* are not called.*timm_gunn\.unstack_model'):
+            assert_close(run(x), y)
     handle.remove()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -321,6 +328,22 @@ def test_torchscript():
             torch.jit.script(CONVERSIONS[conversion](copy.deepcopy(layer)))
     with pytest.raises(TypeError, match=r'TorchScript takes nn\.BatchNorm2d alone.*BatchNormAct2d'):
         torch.jit.script(GunnLayer(12, 3, norm_layer=timm.layers.BatchNormAct2d))
+    layer.proj.bn.track_running_stats = False
+    with pytest.raises(TypeError, match=r'TorchScript takes nn\.BatchNorm2d alone.*track_running_stats=False'):
+        torch.jit.script(layer)
+
+
+@pytest.mark.parametrize('conversion', ['frozen by timm', 'split', 'synchronised', 'batch statistics only'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit', 'ignore::torch.jit.TracerWarning')
+def test_norms_in_traces_and_threads(conversion):
+    """No norm is changed on the way, not even for the time of a call."""
+    torch.manual_seed(0)
+    layer, x = CONVERSIONS[conversion](GunnLayer(12, 3).double()).eval(), torch.randn(2, 12, 4, 4, dtype=torch.float64)
+    y = layer(x)
+    assert_close(torch.jit.trace(layer, x)(x), y)
+    with ThreadPoolExecutor(4) as pool:
+        for z in pool.map(layer, [x] * 40):
+            assert_close(z, y)
 
 
 def test_symbolic_trace_of_the_layer_itself():
@@ -385,7 +408,12 @@ def test_drop_path_drops_updates_of_samples_and_segments(ordered):
     kept = ~dropped[:, 0]
     assert_close(update[kept, 0] * 0.75, (same(x) - x)[:, :4].flatten(1)[kept], rtol=1e-4, atol=1e-5)
     same.load_state_dict(layer.state_dict())
-    assert_close(layer.eval()(x), same.eval()(x))
+    expected = same.eval()(x)
+    assert_close(layer.eval()(x), expected)
+    layer.drop_path.train()  # samples of networks in eval mode
+    assert (layer(x) == x).any()
+    layer.drop_path = nn.Identity()
+    assert_close(layer(x), expected)
 
 
 def low_precision_errors(layer, ref, x, run):

@@ -399,6 +399,28 @@ def test_what_users_attach_is_not_run(name):
     assert_close(torch.jit.script(model)(x), expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['gunn15', 'resnet18'])
+def test_stages_are_what_their_names_say(name):
+    """Also where one has another name, too, or stands in two places, or is gone."""
+    if name == 'resnet18':
+        model, stage = timm.create_model(name).eval(), 'layer1'
+        model.layer0, model.maxpool = model.layer1, nn.Sequential(model.maxpool, model.layer1)
+    else:
+        model, stage = small(name, channels=(12,) * 3, segments=(3,) * 3).eval(), 'stage2'
+        model.stage3 = model.stage2
+    calls, module, x = [], getattr(model, stage), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    module.register_forward_hook(lambda *_: calls.append(1))
+    model.kept = module
+    delattr(model, stage)
+    with pytest.raises(AttributeError, match=stage):
+        model(x)
+    setattr(model, stage, module)
+    calls.clear()
+    assert_close(model(x), expected, rtol=0, atol=0)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_returned_maps_are_not_changed_afterwards(name):
     model = small(name)

@@ -106,6 +106,38 @@ def test_what_the_plain_form_keeps():
     assert plain[0].units[1].bottlenecks[0].conv2.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_what_users_have_done_to_a_layer_in_the_plain_form():
+    """Hooks and modules go over; what the plain form would leave out is an error."""
+    class Doubled(GunnLayer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x, grads = GunnLayer(12, 3).eval(), torch.randn(2, 12, 4, 4, requires_grad=True), []
+    layer.age = nn.Linear(12, 1)
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    layer.register_full_backward_hook(lambda *_: grads.append(1))
+    plain = unstack_model(layer)
+    assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-5)
+    plain(x).sum().backward()
+    assert grads == [1]
+    assert plain.age.weight.shape == (1, 12)
+    replaced = GunnLayer(12, 3)
+    replaced.forward = lambda x: x
+    for odd in (Doubled(12, 3), torch.compile(layer, backend='eager'), replaced):
+        with pytest.raises(TypeError, match=r'expected a GunnLayer, not compiled alone, got a (Doubled|GunnLayer)'):
+            unstack_model(nn.Sequential(odd))
+
+
+def test_plain_weights_of_modules_that_share_one():
+    layer = GunnLayer(12, 3, depth=2)
+    layer.bottlenecks[1].conv2.conv.weight = layer.bottlenecks[0].conv2.conv.weight
+    before = layer.bottlenecks[0].conv2.conv.weight.detach().clone()
+    state = unstack_model(layer).state_dict()
+    nn.init.zeros_(layer.bottlenecks[0].conv2.conv.weight)
+    layer.load_state_dict(state)
+    assert_close(layer.bottlenecks[0].conv2.conv.weight, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('kwargs', [{}, dict(out_indices=(1, 3), output_stride=8)], ids=str)
 def test_plain_backbones(kwargs):
     model = randomise(small('gunn18', features_only=True, **kwargs)).eval()
@@ -229,7 +261,11 @@ def test_symbolic_trace(name):
 def test_fx_quantization(name):
     fx = pytest.importorskip('torch.ao.quantization.quantize_fx', reason='this torch is without FX quantization')
     model, x = network(name), torch.randn(4, 3, 32, 32)
-    prepared = fx.prepare_fx(model, torch.ao.quantization.get_default_qconfig_mapping('x86'), (x,))
+    mapping = torch.ao.quantization.get_default_qconfig_mapping('x86')
+    if name in ORDERED:
+        with pytest.warns(UserWarning, match='an ordered layer is not quantised; make plain modules'):
+            fx.prepare_fx(small(name).eval(), mapping, (x,))
+    prepared = fx.prepare_fx(model, mapping, (x,))
     prepared(x)
     quantized = fx.convert_fx(prepared)
     kinds = [type(m).__module__ for m in quantized.modules()]

@@ -1,6 +1,6 @@
 """What keeps an ordered layer from the fused operator, or from running slices of its modules."""
 import warnings
-from typing import Optional
+from typing import Iterable, List, Optional
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import norms
 
+PLAIN_FORM = 'make plain modules of its units first, with timm_gunn.unstack_model(model).'
 _DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
@@ -46,27 +47,39 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
 
 def check_slices(layer: nn.Module) -> None:
     """Raise TypeError where a module does more than its slices would; warn of hooks."""
-    convs = layer._conv_norms()
-    sliced = [layer.bottlenecks, *layer.bottlenecks, *(m for c in convs for m in (c, c.conv, c.bn))]
-    odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
-           for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
-    # Other classes may do something else in their forward.
-    odd += [f'a {type(m).__name__}' for m in (*layer.bottlenecks, *convs) if type(m).__module__ != 'timm_gunn.layer']
-    for c in convs:
-        if type(c.conv) is not nn.Conv2d:
-            odd.append(f'a {type(c).__name__} of {type(c.conv).__name__}')
-        elif c.conv.padding_mode != 'zeros' or not norms.owns_weight(c.conv):
-            odd.append(f'{c.conv} of {", ".join(c.conv._parameters)}')
-        elif not norms.is_batch_norm2d(c.bn) and not norms.has_slices(c.bn, c.conv.out_channels):
-            odd.append(f'{type(c.bn).__name__} of {", ".join(name for name, _ in c.bn.named_parameters())}')
-    advice = 'make plain modules of its units first, with timm_gunn.unstack_model(model).'
+    sliced, odd = [layer.bottlenecks, *layer.bottlenecks], _others(layer.bottlenecks)
+    if not odd:
+        convs = layer._conv_norms()
+        odd = _others(convs)
+    if not odd:
+        sliced += [m for c in convs for m in (c, c.conv, c.bn)]
+        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
+               for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
+        for c in convs:
+            conv, bn, channels = c.conv, c.bn, c.unit_chs * layer.segments
+            if type(conv) is not nn.Conv2d:
+                odd.append(f'a {type(c).__name__} of {type(conv).__name__}')
+            elif conv.padding_mode != 'zeros' or conv.out_channels != channels or not norms.owns_weight(conv):
+                odd.append(f'{conv} of {", ".join(conv._parameters)}')
+            elif not ((norms.is_batch_norm2d(bn) and bn.num_features == channels) or norms.has_slices(bn, channels)):
+                odd.append(f'{type(bn).__name__} of {", ".join(name for name, _ in bn.named_parameters())}')
     if odd:
         raise TypeError(
-            f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; {advice}')
-    if any(map(_has_hooks, sliced)) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
-        warnings.warn(
-            'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
-            f'them; {advice}', stacklevel=1)
+            f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; {PLAIN_FORM}')
+    if not torch.jit.is_tracing() and any(map(_has_hooks, sliced)):
+        _warn_of_hooks()
+
+
+@torch.compiler.assume_constant_result  # compilations warn once
+def _warn_of_hooks() -> None:
+    warnings.warn(
+        'GunnLayer: hooks on convolutions and norms are not called, since an ordered layer runs slices of '
+        f'them; {PLAIN_FORM}', stacklevel=1)
+
+
+def _others(modules: Iterable[nn.Module]) -> List[str]:
+    """Modules of other classes than the package's, which may do something else in their forward."""
+    return [f'a {type(m).__name__}' for m in modules if type(m).__module__ != 'timm_gunn.layer']
 
 
 def _has_hooks(module: nn.Module) -> bool:

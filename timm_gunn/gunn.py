@@ -260,12 +260,14 @@ class Gunn(nn.Module):
         """Run the named children in that order; returns the last output and those of the wanted ones."""
         outputs: List[torch.Tensor] = []
         for name in names:
-            for child_name, module in self.named_children():  # for TorchScript, which has no getattr(self, name)
-                if child_name == name:
-                    if self.grad_checkpointing and name.startswith('stage') and not torch.jit.is_scripting():
-                        x = checkpoint(module, x)
-                    else:
+            if torch.jit.is_scripting():  # TorchScript has no getattr(self, name)
+                for child_name, module in self.named_children():
+                    if child_name == name:
                         x = module(x)
+            elif self.grad_checkpointing and name.startswith('stage'):
+                x = checkpoint(getattr(self, name), x)
+            else:
+                x = getattr(self, name)(x)
             if name in wanted:
                 outputs.append(x)
         return x, outputs

@@ -15,6 +15,7 @@ operator of ops.py instead, which computes the same from the same parameters in 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import logging
+import warnings
 from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, create_act_layer, get_norm_layer
 
 from . import norms, ops  # noqa: F401 (ops registers the operator)
-from .checks import check_slices, compute_dtype, obstacle
+from .checks import PLAIN_FORM, check_slices, compute_dtype, obstacle
 
 __all__ = ['Bottleneck', 'ConvNorm', 'GunnLayer']
 
@@ -167,7 +168,7 @@ class GunnLayer(nn.Module):
 
     def _drop_scale(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
-        if self.drop_path.drop_prob == 0.0 or not self.training:
+        if not self.drop_path.training or getattr(self.drop_path, 'drop_prob', 1.0) == 0.0:
             return None
         scale = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
         return scale.view(-1, self.segments, 1, 1)
@@ -176,17 +177,28 @@ class GunnLayer(nn.Module):
         """Stay one node in a trace, torchvision's too, which would turn slices of running statistics into constants."""
         if x.tracer.root is self:
             raise TypeError('GunnLayer: torch.fx can trace a layer as a part of another module, or unstack_model(it).')
+        if type(x.tracer).__module__.startswith('torch.ao.'):
+            warnings.warn(f'GunnLayer: an ordered layer is not quantised; {PLAIN_FORM}', stacklevel=1)
         return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
 
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args) -> None:
         """Take weights of the plain form, too, which unstack_model makes of this layer."""
-        for name, own in [*self.named_parameters(), *self.named_buffers()]:
+        for name, own in self.state_dict(keep_vars=True).items():
             keys = [f'{prefix}units.{i}.{name}' for i in range(self.segments)]
             units = [state_dict.pop(key) for key in keys if key in state_dict]
             if units:  # counters, and parameters of an activation, are the same in all units
                 stacked = own.ndim > 0 and len(own) > len(units[0])
                 state_dict[prefix + name] = torch.cat(units) if stacked else units[0]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> 'GunnLayer':
+        """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
+        if self.ordered and self.segments > 1:
+            check_slices(self)
+        for c in self._conv_norms():
+            if type(c.bn) is not nn.Identity and not norms.is_batch_norm2d(c.bn):
+                raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, unchanged, got {c.bn}.')
+        return self
 
     def extra_repr(self) -> str:
         return f'{self.channels}, segments={self.segments}, ordered={self.ordered}, residual={self.residual}'
@@ -264,12 +276,6 @@ class ConvNorm(nn.Module):
         norms.reset_norm(self.bn)
 
     reparameterize = norms.fold_norm  # called by timm.utils.reparameterize_model
-
-    def __prepare_scriptable__(self) -> 'ConvNorm':
-        """Called by torch.jit.script. Raises TypeError for norms whose own forward it would leave out."""
-        if type(self.bn) not in (nn.BatchNorm2d, nn.Identity):
-            raise TypeError(f'GunnLayer: TorchScript takes nn.BatchNorm2d alone as norm, got {type(self.bn)}.')
-        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All units: (B, in_chs, H, W) to (B, out_chs, H, W)."""

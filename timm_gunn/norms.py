@@ -1,6 +1,7 @@
 """Norms of the BatchNorm family: which ones are admitted, and what they do to a slice of their channels."""
+import copy
 from itertools import chain
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 import torch.nn as nn
@@ -90,12 +91,25 @@ def norm_unit(norm: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.
     The units of a layer are normalised in order, each once per step: the one that holds the norm's last channel
     advances num_batches_tracked.
     """
-    # Statistics are views, so that in-place updates reach the module; counters are copies for all units but the last.
-    tensors = list(chain(norm.named_parameters(), norm.named_buffers()))
-    last = stop == max([t.numel() for _, t in tensors], default=stop)
-    sliced = {
-        name: t[start:stop] if t.numel() > 1 else t if last else t.clone() for name, t in tensors}
-    return torch.func.functional_call(norm, sliced, (x,))
+    last = stop == max([t.numel() for t in chain(norm.parameters(), norm.buffers())], default=stop)
+
+    def part(t: torch.Tensor) -> torch.Tensor:
+        # Statistics are views, so that in-place updates reach the module; counters are copied for all but the last.
+        return t[start:stop] if t.numel() > 1 else t if last else t.clone()
+
+    if torch.compiler.is_compiling():  # takes no copies of modules
+        parts = {name: part(t) for name, t in chain(norm.named_parameters(), norm.named_buffers())}
+        return torch.func.functional_call(norm, parts, (x,))
+    return _with_tensors(norm, part)(x)
+
+
+def _with_tensors(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy with changed tensors, where functional_call would change the module itself for all threads."""
+    new = copy.copy(module)
+    for kind in ('_parameters', '_buffers'):
+        new.__dict__[kind] = {k: None if t is None else change(t) for k, t in module.__dict__[kind].items()}
+    new.__dict__['_modules'] = {name: _with_tensors(m, change) for name, m in module.named_children()}
+    return new
 
 
 def cut(t: Optional[torch.Tensor], start: int, stop: int) -> Optional[torch.Tensor]:

@@ -24,13 +24,17 @@ def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Returns:
         The plain model, each of whose convolutions and norms is called once per forward. Its weights go back by
-        `model.load_state_dict(plain.state_dict())`.
+        `model.load_state_dict(plain.state_dict())`. Layers that share weights do not in the plain model.
 
     Raises:
-        TypeError: If modules of a layer are more than their slices (pruned, parametrised, of other classes).
+        TypeError: If a layer, or a module in it, is more than the package's own (pruned, parametrised, a subclass,
+            compiled by itself).
     """
+    compiled = [m._orig_mod for m in model.modules() if hasattr(m, '_orig_mod')]
     for layer in _ordered_layers(model):
         check_slices(layer)
+        if type(layer) is not GunnLayer or 'forward' in layer.__dict__ or layer in compiled:
+            raise TypeError(f'unstack_model: expected a GunnLayer, not compiled alone, got a {type(layer).__name__}.')
     if not inplace:
         model = copy.deepcopy(model)
     plain = {layer: UnstackedLayer(layer) for layer in _ordered_layers(model)}
@@ -53,6 +57,11 @@ class UnstackedLayer(nn.Module):
         self.residual = layer.residual
         self.units = nn.ModuleList([Unit(layer, i) for i in range(layer.segments)])
         self.training = layer.training
+        for name, module in layer.named_children():  # what users have attached
+            if name not in ('bottlenecks', 'proj', 'drop_path'):
+                self.add_module(name, module)
+        hooks = '_forward', '_backward', '_is_full_backward'
+        self.__dict__.update({k: v for k, v in vars(layer).items() if k.startswith(hooks)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Update x segment by segment."""
