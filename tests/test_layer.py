@@ -156,10 +156,12 @@ def test_norms_frozen_mid_training():
 
 
 @pytest.mark.parametrize('norm', [
-    'groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd)])
+    'groupnorm', 'layernorm2d', nn.InstanceNorm2d, lambda c, **dd: nn.GroupNorm(2, c, **dd),
+    lambda c, **dd: nn.InstanceNorm2d(c, affine=True, track_running_stats=True, **dd), nn.BatchNorm1d, nn.BatchNorm3d,
+    lambda c, **dd: nn.LazyBatchNorm2d(**dd)])
 @pytest.mark.parametrize('ordered', [True, False])
 def test_unsupported_norm(norm, ordered):
-    with pytest.raises(TypeError, match=r'norm of the BatchNorm family, got (Group|Layer|Instance)Norm'):
+    with pytest.raises(TypeError, match=r'norm of the BatchNorm family, got (Group|Layer|Instance|(Lazy)?Batch)Norm'):
         GunnLayer(64, 2, ordered=ordered, norm_layer=norm)
 
 

@@ -168,10 +168,10 @@ class GunnLayer(nn.Module):
 
     def _drop_scale(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """Scale of each sample's and segment's update under stochastic depth, (B, P, 1, 1), or None if all are kept."""
+        # Another module in its place may have no drop_prob, and is called.
         if not self.drop_path.training or getattr(self.drop_path, 'drop_prob', 1.0) == 0.0:
             return None
-        scale = self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1)))
-        return scale.view(-1, self.segments, 1, 1)
+        return self.drop_path(x.new_ones((x.shape[0] * self.segments, 1, 1, 1))).view(-1, self.segments, 1, 1)
 
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Stay one node in a trace, torchvision's too, which would turn slices of running statistics into constants."""

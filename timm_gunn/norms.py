@@ -25,10 +25,12 @@ def has_slices(norm: nn.Module, channels: int) -> bool:
     running_mean and running_var (frozen BatchNorms), and the Identity that a folded norm leaves behind; but no pruned
     or parametrised ones, no shards of FSDP, and no tensors of other shapes.
     """
+    others = (
+        nn.modules.instancenorm._InstanceNorm, nn.modules.lazy.LazyModuleMixin, nn.BatchNorm1d, nn.BatchNorm3d)
     params, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
     owned = all(name.rpartition('.')[2] in ('weight', 'bias') for name in params)
     known = owned if isinstance(norm, _BatchNorm) else {'running_mean', 'running_var'} <= buffers.keys()
-    return type(norm) is nn.Identity or (known and all(
+    return type(norm) is nn.Identity or (known and not isinstance(norm, others) and all(
         (t.shape == (channels,) or t.numel() == 1) and not hasattr(t, 'to_local')
         for t in (*params.values(), *buffers.values())))
 

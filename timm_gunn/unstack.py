@@ -34,7 +34,9 @@ def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
     for layer in _ordered_layers(model):
         check_slices(layer)
         if type(layer) is not GunnLayer or 'forward' in layer.__dict__ or layer in compiled:
-            raise TypeError(f'unstack_model: expected a GunnLayer, not compiled alone, got a {type(layer).__name__}.')
+            raise TypeError(
+                f'unstack_model: expected GunnLayer itself, got a {type(layer).__name__} that is a subclass, '
+                'has another forward or is compiled alone.')
     if not inplace:
         model = copy.deepcopy(model)
     plain = {layer: UnstackedLayer(layer) for layer in _ordered_layers(model)}
