@@ -53,10 +53,11 @@ def set_blocks(monkeypatch, columns):
 
 @pytest.fixture(params=['library', *(['triton'] if INTERPRETED else [])])
 def norm_kernels(request, monkeypatch):
-    """All implementations of the norms; those of CUDA devices run on the CPU too."""
+    """All implementations of the norms; those of CUDA devices run on the CPU too, and with the columns added there."""
     if request.param == 'triton':
         from timm_gunn.triton_norm import TritonNorm
         monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
+        monkeypatch.setitem(timm_gunn.ordered.ALIGNED, 'cpu', 8)
 
 
 @pytest.mark.parametrize('seed', range(40))

@@ -42,7 +42,8 @@ for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composite
 | all: the composite of modules | composite | 1.21 / 1.45, - / 1.31 | 1.74 / 2.34, - / 2.12 |
 | and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
 """
-from typing import List, Optional, Tuple, Type
+import math
+from typing import List, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ aten = torch.ops.aten
 
 # Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
+ALIGNED = dict(cuda=8)  # products of columns in multiples of it are fast: where segments are no such, zeros are added
 CONV_ROWS = 1024  # from which a CPU reads the state by a 1x1 convolution instead of a product
 
 
@@ -105,6 +107,8 @@ class OrderedLayer:
         depth = len(eps) // 3
         self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
+        aligned = ALIGNED.get(x.device.type, 1)
+        self.aligned = aligned if self.width % aligned else 1
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
         """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, what backward() takes."""
@@ -114,10 +118,12 @@ class OrderedLayer:
         saved: List[torch.Tensor] = []
         for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda else FORWARD_BLOCK):
             shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
-            change = state.new_empty(self.rows, (stop - start - 1) * self.width)
+            change = (state.new_empty if self.aligned == 1 else state.new_zeros)(
+                self.rows, self._align((stop - start - 1) * self.width))
             for i in range(start, stop):
-                before, own = self._columns(start, i), self._columns(i, i + 1)
-                seen = change[:, self._columns(0, i - start)]
+                own, block = self._columns(i, i + 1), self._columns(start, stop)
+                before = slice(block.start, min(block.start + self._align((i - start) * self.width), block.stop))
+                seen = change[:, :before.stop - before.start]
                 reads = [
                     h[i - start].contiguous() if i == start
                     else torch.addmm(h[i - start], seen, conv.weights[i][:, before].t())
@@ -134,7 +140,12 @@ class OrderedLayer:
     def _blocks(self, columns: int) -> List[Tuple[int, int]]:
         """First segment of each block, and the one after its last."""
         size = max(1, columns // self.width)
+        whole = self.aligned // math.gcd(self.aligned, self.width)
+        size = size // whole * whole or size
         return [(start, min(start + size, self.segments)) for start in range(0, self.segments, size)]
+
+    def _align(self, columns: int) -> int:
+        return -(-columns // self.aligned) * self.aligned
 
     def _columns(self, start: int, stop: int) -> slice:
         """Columns of segments [start, stop) in the state."""
@@ -193,47 +204,55 @@ class OrderedLayer:
             conv.norm.affine_needed = any(conv.needs[1:])
             conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
 
+        # All that reads the state, unit by unit
+        read_chs = [conv.unit_chs for conv in self.readers]
+        weights = torch.cat([conv.weight.view(self.segments, conv.unit_chs, -1) for conv in self.readers], 1)
+        padding = self._align(weights.shape[1]) - weights.shape[1]
+        weights = F.pad(weights, (0, 0, 0, padding))
+        weight_grads = torch.empty_like(weights) if any(conv.needs[0] for conv in self.readers) else None
         per_unit = len(saved) // self.segments
         for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
-            earlier, block, count = self._columns(0, start), self._columns(start, stop), stop - start
+            block, units = self._columns(start, stop), slice(start, stop)
             # What units pass on within the block goes to a copy. G gets all that they send in one product, later.
             dtype = g.dtype if self.residual else stats_dtype(self.dtype)
             passed = g[:, block].to(dtype, copy=True, memory_format=torch.contiguous_format)
-            sent = [g.new_empty(self.rows, conv.unit_chs * count, dtype=self.dtype) for conv in self.readers]
-            slots = list(zip(*[t.chunk(count, 1) for t in sent], strict=True))
-            for i in reversed(range(start, stop)):
+            sent = (g.new_zeros if padding else g.new_empty)(
+                self.rows, (stop - start) * weights.shape[1], dtype=self.dtype)
+            for i, d in reversed(list(enumerate(sent.chunk(stop - start, 1), start))):
                 received = passed[:, self._columns(i - start, i - start + 1)]
-                d = self._unit_backward(i, received, saved[i * per_unit:(i + 1) * per_unit], slots[i - start])
+                self._unit_backward(
+                    i, received, saved[i * per_unit:(i + 1) * per_unit], d.split([*read_chs, padding], 1))
                 if i > start:
-                    for conv, d_k in zip(self.readers, d, strict=True):
-                        _accumulate(
-                            passed[:, self._columns(0, i - start)], d_k, conv.weights[i][:, self._columns(start, i)])
+                    met = (i - start) * self.width
+                    met = slice(0, self._align(met) if self.residual else met)  # the columns of i are not read again
+                    _accumulate(passed[:, met], d, weights[i, :, block][:, met])
             if not self.residual:  # what units after i send to y_i is not x_i's: less that, more all of it below
                 g[:, block] -= passed
-            columns = slice(None) if x_needed else earlier
-            for conv, d in zip(self.readers, sent, strict=True):
-                chs = conv.channels(start, stop)
-                _accumulate(g[:, columns], d, conv.weight[chs, columns])
+            columns = slice(None if x_needed else block.start)
+            _accumulate(g[:, columns], sent, weights[units, :, columns].flatten(0, 1))
+            if weight_grads is not None:
+                grads, met = weight_grads[units].flatten(0, 1), slice(self._align((stop - 1) * self.width))
+                torch.mm(sent.t(), ys[:, met], out=grads[:, met])
+                of_x = torch.mm(sent.t(), xs[:, block.start:]).view(stop - start, weights.shape[1], -1)
+                for i in range(start, stop):  # has met its own segment and later ones as x
+                    own = i * self.width
+                    weight_grads[i, :, own:] = of_x[i - start, :, own - block.start:]
+        if weight_grads is not None:
+            for conv, grads in zip(self.readers, weight_grads.split([*read_chs, padding], 1), strict=False):
                 if conv.needs[0]:
-                    weight_grad = conv.grad.view_as(conv.weight)[chs]
-                    torch.mm(d.t(), ys[:, earlier], out=weight_grad[:, earlier])
-                    torch.mm(d.t(), xs[:, block.start:], out=weight_grad[:, block.start:])
-                    for i in range(start + 1, stop):  # has met earlier units' segments of the block as y
-                        met, unit = self._columns(start, i), conv.channels(i - start, i - start + 1)
-                        torch.mm(d[:, unit].t(), ys[:, met], out=weight_grad[unit, met])
+                    conv.grad.copy_(grads.reshape_as(conv.grad))
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
 
     def _unit_backward(
-            self, i: int, received: torch.Tensor, saved: List[torch.Tensor], outs: List[torch.Tensor],
-    ) -> List[torch.Tensor]:
-        """Gradients of what unit i's readers made of the state, written to `outs`, from that of its update."""
+            self, i: int, received: torch.Tensor, saved: List[torch.Tensor], outs: Sequence[torch.Tensor],
+    ) -> None:
+        """Write gradients of what unit i's readers made of the state to `outs`, from that of its update."""
         if self.drop_scale is not None:
             received = received.reshape(len(self.drop_scale), -1, self.width) * self.drop_scale[:, :, i:i + 1]
             received = received.view(-1, self.width)
-        sent = [
-            proj.norm.backward(i, received, h, out=out)
-            for proj, h, out in zip(self.readers[1:], saved[-1:], outs[1:], strict=False)]
+        for proj in self.readers[1:]:
+            proj.norm.backward(i, received, saved[-1], out=outs[1])
         for j, (conv1, conv2, conv3) in reversed(list(enumerate(self.bottlenecks))):
             h1, h2 = saved[2 * j:2 * j + 2]
             a = conv2.norm.activate(i, h2)
@@ -249,7 +268,6 @@ class OrderedLayer:
                     h = conv3.linear(i, conv2.norm.activate(i, saved[2 * j - 1]))
                     conv1.write_gradient(i, d, conv3.norm.apply(i, h))
                 received = torch.mm(d, conv1.weights[i])
-        return [d, *sent]
 
     def _conv3x3_backward(self, i: int, conv: 'Conv', grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         grad, x, weight = _map(grad, self.map_shape), _map(x, self.map_shape), conv.weights[i]

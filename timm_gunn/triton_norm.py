@@ -14,7 +14,7 @@ import triton.language as tl
 from .aten_norm import AtenNorm
 
 # Programs at most, numbers that one takes at once, and its warps: for an H100's 132 multiprocessors.
-PASS, SUM = (2112, 2048, 4), (264, 4096, 8)
+PASS, SUM = (2112, 2048, 4), (128, 16384, 16)
 
 MATRICES = 'h', 'other', 'out', 'state', 'change', 'grad'  # how these are aligned may choose the kernel
 
@@ -205,6 +205,7 @@ class TritonNorm(AtenNorm):
     def _prepare(self, known: List[torch.Tensor]) -> None:
         width = known[0].shape[1]
         self.lanes = triton.next_power_of_2(width)
+        self.count = min(triton.next_power_of_2(SUM[0]), max(1, 8192 // self.lanes))  # partial sums read at once
         self.partials = self.empty.new_empty(SUM[0], 2, width)
         self.ticket = self.empty.new_zeros(1, dtype=torch.int32)
 
@@ -223,7 +224,7 @@ class TritonNorm(AtenNorm):
         programs, warps, align, blocks = self._blocks(SUM, h)
         mean, variance = self.empty.new_empty(2, h.shape[1]).unbind()
         launch(_statistics, programs, warps, h, h.stride(0) // align, self.partials, self.ticket, mean, variance,
-               self.rows, h.shape[1] // align, COUNT=max(1, 8192 // self.lanes), **blocks)
+               self.rows, h.shape[1] // align, COUNT=self.count, **blocks)
         return mean, variance
 
     def apply(self, i: int, h: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,7 @@ class TritonNorm(AtenNorm):
             programs, warps, align, blocks = self._blocks(SUM, *matrices)
             launch(_gradient_sums, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align,
                    *self.vectors[i], self.partials, self.ticket, grad_gamma, grad_beta, self.rows, channels // align,
-                   EPS=self.eps, RELU=relu, COUNT=max(1, 8192 // self.lanes), **blocks)
+                   EPS=self.eps, RELU=relu, COUNT=self.count, **blocks)
         programs, warps, align, blocks = self._blocks(PASS, *matrices)
         launch(_backward, programs, warps, grad, grad.stride(0) // align, h, h.stride(0) // align, *self.vectors[i],
                grad_gamma, grad_beta, out, out.stride(0) // align, self.rows, channels // align, EPS=self.eps,
