@@ -15,8 +15,7 @@ and `:matmul` switch off what the operator gains by blocks, folding, wide rows a
 Every round runs one step of each variant, one after the other, so that a drift of the machine's speed meets all of
 them, and every other round backwards; ratios are taken within a round. Times are medians over the rounds, with the
 interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
-momentum. With `--graphs`, every network also runs with its forward and backward pass captured in a CUDA graph; its
-ratio is to the reference in graphs.
+momentum. With `--graphs`, forward and backward pass are replayed from CUDA graphs.
 
 Every variant has a process of its own, as in use: what an allocator has learned from one network changes the time of
 another by up to a third. Peak memory is that of the process on a CPU, and that of PyTorch's allocator on a GPU.
@@ -103,7 +102,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
                         help='torch.compile in this mode; reduce-overhead captures CUDA graphs (default: not compiled)')
-    parser.add_argument('--graphs', action='store_true', help='every network in CUDA graphs too, beside eager')
+    parser.add_argument('--graphs', action='store_true', help='replay all but the optimizer from CUDA graphs')
     parser.add_argument('--profile', action='store_true', help='list the most expensive calls of one train step')
     parser.add_argument('--count', action='store_true', help='count kernels, bytes and FLOPs of a step, without a GPU')
     parser.add_argument('--rounds', type=int, default=10)
@@ -131,9 +130,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 class Network:
     """A network of timm with what it takes to run one step of it."""
 
-    def __init__(self, spec: str, bench: str, args: argparse.Namespace, graphs: bool = False):
+    def __init__(self, spec: str, bench: str, args: argparse.Namespace):
         name, _, kind = spec.partition(':')
-        self.args, self.device, self.graphs = args, torch.device(args.device), graphs
+        self.args, self.device, self.graphs = args, torch.device(args.device), args.graphs
         mock.patch.stopall()  # of an earlier network
         self.model = KINDS[kind](timm.create_model(name))
         x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
@@ -371,31 +370,27 @@ def bench_models(args: argparse.Namespace) -> List[str]:
     rows, failed = [], []
     for bench in ('train', 'inference') if args.bench == 'both' else (args.bench,):
         variants = {
-            f'{spec}, graphs' if graphs else spec: (spec, graphs)
-            for spec in args.models if bench == 'inference' or ':folded' not in spec
-            for graphs in ((False, True) if args.graphs and ':products' not in spec else (False,))}
-        times, facts = interleave({
-            name: partial(Products, spec, bench, args) if spec.endswith(':products')
-            else partial(Network, spec, bench, args, graphs)
-            for name, (spec, graphs) in variants.items()}, bench, args)
-        failed += [name for name in variants if name not in times]
+            spec: partial(Products if spec.endswith(':products') else Network, spec, bench, args)
+            for spec in args.models if bench == 'inference' or ':folded' not in spec}
+        times, facts = interleave(variants, bench, args)
+        failed += [spec for spec in variants if spec not in times]
         passes = 3 if bench == 'train' else 1
         print(f'\n{bench}: {args.batch_size} images of {args.img_size} pixels, {args.dtype}\n')
         header('model', 'ms per step', f'/ {args.reference}', 'images/s', 'GMAC/s',
                'kept for backward, MiB/image', 'peak, MiB')
         new = []
-        for name, seconds in times.items():
-            (spec, graphs), fact, median = variants[name], facts[name], statistics.median(seconds)
-            base = times.get(f'{args.reference}, graphs' if graphs else args.reference)
+        for spec, seconds in times.items():
+            fact, median, base = facts[spec], statistics.median(seconds), times.get(args.reference)
             ratio = [a / b for a, b in zip(seconds, base, strict=True)] if base else []
-            row(f'`{spec}`{", graphs" if graphs else ""}', spread([1e3 * s for s in seconds], 0 if median > 1 else 1),
+            row(f'`{spec}`', spread([1e3 * s for s in seconds], 0 if median > 1 else 1),
                 spread(ratio, 2) if ratio else '', f'{args.batch_size / median:.4g}',
                 f'{passes * fact["gmacs"] * args.batch_size / median:.4g}',
                 *(f'{fact[k]:.{digits}f}' if fact[k] != '' else '' for k, digits in (
                     ('saved_mib_per_image', 1), ('peak_mib', 0))))
             new.append(dict(
                 bench=bench, model=spec, batch_size=args.batch_size, img_size=args.img_size, dtype=args.dtype,
-                compile='' if spec.endswith(':products') else args.compile or '', graphs=graphs,
+                compile='' if spec.endswith(':products') else args.compile or '',
+                graphs=args.graphs and not spec.endswith(':products'),
                 rounds=args.rounds, seconds=median, seconds_min=min(seconds), seconds_max=max(seconds),
                 reference=args.reference, ratio=statistics.median(ratio) if ratio else '', **fact, **machine(args)))
         rows += record(args, new)

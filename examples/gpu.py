@@ -58,20 +58,19 @@ def commands(args: argparse.Namespace) -> Dict[str, List[List[str]]]:
         tests=[[*pytest, *(str(ROOT / 'tests' / f'test_{name}.py') for name in names)] for names in (
             ['fused', 'layer', 'cuda', 'train_cifar'], ['triton_norm'])],
         speed=[
-            bench('gunn18 sunn18 resnet50 gunn18:library', 128, 224, '--rounds', '6', *graphs),
-            bench('gunn18:composite gunn18', 128, 224, '--bench', 'train', '--rounds', '5', *graphs),
-            bench('gunn18:composite gunn18', 128, 224, '--bench', 'inference', '--rounds', '5', *graphs)],
+            bench('gunn18 sunn18 gunn18:composite', 128, 224, '--rounds', '5', *graphs),
+            bench('gunn18 sunn18 resnet50 gunn18:library', 128, 224, '--rounds', '5')],
         cifar=[
-            bench('gunn15 sunn15 gunn15:library', 256, 32, '--bench', 'train', *graphs),
-            bench('gunn15 sunn15', 64, 32, '--bench', 'train', *graphs),
-            bench('gunn15 sunn15', 64, 32, '--bench', 'train', dtype='float32'),
-            bench('gunn15 sunn15', 512, 32, '--bench', 'train', *graphs)],
+            bench('gunn15 sunn15', 256, 32, '--bench', 'train', *graphs),
+            bench('gunn15 sunn15', 512, 32, '--bench', 'train', *graphs),
+            bench('gunn15 sunn15 gunn15:library', 256, 32, '--bench', 'train'),
+            bench('gunn15 sunn15', 64, 32, '--bench', 'train', dtype='float32')],
         profile=[bench('gunn18', 128, 224, '--profile'), bench('gunn15', 256, 32, '--profile')],
         train=[shlex.split(args.train_command or '')])
     if args.tiny:
         parts.update(
             tests=[[*pytest, str(ROOT / 'tests' / 'test_train_cifar.py')]],
-            speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][2:3],
+            speed=[bench('gunn15', 2, 8, '--bench', 'inference')], cifar=parts['cifar'][3:],
             profile=parts['profile'][1:])
     return parts
 
