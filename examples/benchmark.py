@@ -238,7 +238,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> 
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # an output of its own node would keep the graph alive forever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = forward()  # noqa: F841 (keeps its graph, so that no storage is freed and counted as another)

@@ -83,7 +83,9 @@ class Run:
         self.num_images = num_images
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=args.lr * args.batch_size / 64, momentum=args.momentum,
-            nesterov=args.momentum > 0, weight_decay=args.weight_decay, fused=args.device.startswith('cuda'))
+            nesterov=args.momentum > 0, weight_decay=args.weight_decay,
+            # Where GradScaler skips the first step, a fused optimizer goes on with an uninitialised momentum.
+            fused=args.device.startswith('cuda') and args.dtype != 'float16')
         self.scheduler = make_scheduler(self.optimizer, args.schedule, args.epochs, self.steps, args.cycles)
         self.scaler = torch.amp.GradScaler(enabled=args.dtype == 'float16')
         self.generator = torch.Generator(args.device).manual_seed(args.seed)

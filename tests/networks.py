@@ -44,7 +44,7 @@ def saved_bytes(model, x):
     def pack(t):
         if t.untyped_storage().data_ptr() not in known:
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # an output of its own node would keep the graph alive forever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = model(x)

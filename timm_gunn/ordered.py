@@ -116,7 +116,8 @@ class OrderedLayer:
         out = _matrix(y)
         state = out if x.dtype == self.dtype else out.to(self.dtype)  # what is read is rounded, the residual is not
         saved: List[torch.Tensor] = []
-        for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda else FORWARD_BLOCK):
+        # Without residual, y - x is as large as x, and rounds: the more of it, the less precise is what units read.
+        for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda and self.residual else FORWARD_BLOCK):
             shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
             change = (state.new_empty if self.aligned == 1 else state.new_zeros)(
                 self.rows, self._align((stop - start - 1) * self.width))
