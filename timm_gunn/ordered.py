@@ -56,7 +56,7 @@ aten = torch.ops.aten
 
 # Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
-ALIGNED = dict(cuda=8)  # products of columns in multiples of it are fast: where segments are no such, zeros are added
+ALIGNED = dict(cuda=8)  # columns: products are slow on others, so zeros are added
 CONV_ROWS = 1024  # from which a CPU reads the state by a 1x1 convolution instead of a product
 
 
@@ -107,8 +107,9 @@ class OrderedLayer:
         depth = len(eps) // 3
         self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
-        aligned = ALIGNED.get(x.device.type, 1)
-        self.aligned = aligned if self.width % aligned else 1
+        self.aligned = ALIGNED.get(x.device.type, 1)
+        if self.width % self.aligned == 0:
+            self.aligned = 1  # of themselves
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
         """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, what backward() takes."""
@@ -119,15 +120,13 @@ class OrderedLayer:
         # Without residual, y - x is as large as x, and rounds: the more of it, the less precise is what units read.
         for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda and self.residual else FORWARD_BLOCK):
             shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
-            change = (state.new_empty if self.aligned == 1 else state.new_zeros)(
-                self.rows, self._align((stop - start - 1) * self.width))
+            block, new = self._columns(start, stop), state.new_empty if self.aligned == 1 else state.new_zeros
+            change = new(self.rows, block.stop - block.start)
             for i in range(start, stop):
-                own, block = self._columns(i, i + 1), self._columns(start, stop)
-                before = slice(block.start, min(block.start + self._align((i - start) * self.width), block.stop))
-                seen = change[:, :before.stop - before.start]
+                own, before = self._columns(i, i + 1), slice(self._align((i - start) * self.width))
                 reads = [
                     h[i - start].contiguous() if i == start
-                    else torch.addmm(h[i - start], seen, conv.weights[i][:, before].t())
+                    else torch.addmm(h[i - start], change[:, before], conv.weights[i][:, block][:, before].t())
                     for conv, h in zip(self.readers, shared, strict=True)]
                 (norm, h), *other = self._unit(i, reads, saved if keep else None)
                 norm.update(
@@ -141,7 +140,7 @@ class OrderedLayer:
     def _blocks(self, columns: int) -> List[Tuple[int, int]]:
         """First segment of each block, and the one after its last."""
         size = max(1, columns // self.width)
-        whole = self.aligned // math.gcd(self.aligned, self.width)
+        whole = self.aligned // math.gcd(self.aligned, self.width)  # segments until a column that is a multiple
         size = size // whole * whole or size
         return [(start, min(start + size, self.segments)) for start in range(0, self.segments, size)]
 
@@ -224,8 +223,8 @@ class OrderedLayer:
                 self._unit_backward(
                     i, received, saved[i * per_unit:(i + 1) * per_unit], d.split([*read_chs, padding], 1))
                 if i > start:
-                    met = (i - start) * self.width
-                    met = slice(0, self._align(met) if self.residual else met)  # the columns of i are not read again
+                    met = (i - start) * self.width  # with residual, later columns are not read again
+                    met = slice(self._align(met) if self.residual else met)
                     _accumulate(passed[:, met], d, weights[i, :, block][:, met])
             if not self.residual:  # what units after i send to y_i is not x_i's: less that, more all of it below
                 g[:, block] -= passed
