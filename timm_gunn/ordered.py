@@ -20,7 +20,7 @@ others only x.
 | h3, received | rows, o | output of the third, o = N / P; gradient of what a unit, or a bottleneck in it, puts out |
 | a, d | as h | activation relu(norm(h)); gradient of h |
 | change | rows, columns of a block | y_j - x_j for the block's segments so far |
-| sent | rows, hidden of a block | d of a convolution that reads the state: conv1 or the projection |
+| sent | rows, channels of a block | d of what reads the state: of each unit, conv1 and the projection |
 
 The narrower a segment, the more often the whole state is read for few output columns. So neighbouring segments form
 blocks that share products. Forward, a block's units read the state before it in one product, and each adds what
