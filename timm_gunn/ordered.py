@@ -25,8 +25,8 @@ others only x.
 The narrower a segment, the more often the whole state is read for few output columns. So neighbouring segments form
 blocks that share products. Forward, a block's units read the state before it in one product, and each adds what
 `change` contributes. Backward, a copy of the block's columns of G carries what its units send each other, and G gets
-all that they send in one product. A weight's gradient is first computed as if its unit had met x in the whole block.
-Then the columns that it met as y are overwritten.
+all that they send in one product. Gradients of weights take two products for a block, with y and with x. Those of a
+unit are from the second one from its own segment on.
 
 What each optimisation is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
 (`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
