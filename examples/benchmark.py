@@ -102,7 +102,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
                         help='torch.compile in this mode; reduce-overhead captures CUDA graphs (default: not compiled)')
-    parser.add_argument('--graphs', action='store_true', help='replay all but the optimizer from CUDA graphs')
+    parser.add_argument('--graphs', action='store_true', help='replay forward and backward pass from CUDA graphs')
     parser.add_argument('--profile', action='store_true', help='list the most expensive calls of one train step')
     parser.add_argument('--count', action='store_true', help='count kernels, bytes and FLOPs of a step, without a GPU')
     parser.add_argument('--rounds', type=int, default=10)

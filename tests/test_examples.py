@@ -254,7 +254,7 @@ def test_commands_of_gpu(tmp_path, options):
                 benchmarks += 1
             else:
                 assert all(Path(word).exists() for word in command if word.endswith('.py'))
-    assert benchmarks == (3 if options else 8)
+    assert benchmarks == (3 if options else 9)
 
 
 def test_profile(capsys):

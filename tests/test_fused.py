@@ -47,16 +47,17 @@ def both_paths(layer, *args, **kwargs):
 
 
 def set_blocks(monkeypatch, columns):
-    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK'):
+    for name in ('FORWARD_BLOCK', 'BACKWARD_BLOCK', 'CUDA_BLOCK'):
         monkeypatch.setattr(timm_gunn.ordered, name, columns)
 
 
-@pytest.fixture(params=['library', *(['triton'] if INTERPRETED else [])])
+@pytest.fixture(params=['library', 'aligned', *(['triton'] if INTERPRETED else [])])
 def norm_kernels(request, monkeypatch):
-    """All implementations of the norms; those of CUDA devices run on the CPU too, and with the columns added there."""
+    """All implementations of the norms, and the columns that are added on CUDA devices, on the CPU."""
     if request.param == 'triton':
         from timm_gunn.triton_norm import TritonNorm
         monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
+    if request.param != 'library':
         monkeypatch.setitem(timm_gunn.ordered.ALIGNED, 'cpu', 8)
 
 

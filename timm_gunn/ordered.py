@@ -25,8 +25,8 @@ others only x.
 The narrower a segment, the more often the whole state is read for few output columns. So neighbouring segments form
 blocks that share products. Forward, a block's units read the state before it in one product, and each adds what
 `change` contributes. Backward, a copy of the block's columns of G carries what its units send each other, and G gets
-all that they send in one product. Gradients of weights take two products for a block, with y and with x. Those of a
-unit are from the second one from its own segment on.
+all that they send in one product. Gradients of weights take two products for a block, with y and with x. A unit's
+are from the first up to its segment, and from the second beyond.
 
 What each optimisation is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
 (`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
@@ -56,7 +56,7 @@ aten = torch.ops.aten
 
 # Width of a block in columns; one segment where that is wider.
 FORWARD_BLOCK, BACKWARD_BLOCK, CUDA_BLOCK = 40, 80, 160
-ALIGNED = dict(cuda=8)  # columns: products are slow on others, so zeros are added
+ALIGNED = dict(cuda=8)  # Products are slow on other numbers of columns, so zeros are added.
 CONV_ROWS = 1024  # from which a CPU reads the state by a 1x1 convolution instead of a product
 
 
@@ -109,7 +109,7 @@ class OrderedLayer:
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
         self.aligned = ALIGNED.get(x.device.type, 1)
         if self.width % self.aligned == 0:
-            self.aligned = 1  # of themselves
+            self.aligned = 1  # nothing to add
 
     def forward(self, x: torch.Tensor, keep: bool) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
         """Eq. 4 and 5: the updated state, statistics of the batch by norm and, if `keep`, what backward() takes."""
@@ -121,7 +121,7 @@ class OrderedLayer:
         for start, stop in self._blocks(CUDA_BLOCK if x.is_cuda and self.residual else FORWARD_BLOCK):
             shared = [self._read(conv, state, start, stop).chunk(stop - start, 1) for conv in self.readers]
             block, new = self._columns(start, stop), state.new_empty if self.aligned == 1 else state.new_zeros
-            change = new(self.rows, block.stop - block.start)
+            change = new(self.rows, block.stop - block.start if stop - start > 1 else 0)
             for i in range(start, stop):
                 own, before = self._columns(i, i + 1), slice(self._align((i - start) * self.width))
                 reads = [
@@ -145,6 +145,7 @@ class OrderedLayer:
         return [(start, min(start + size, self.segments)) for start in range(0, self.segments, size)]
 
     def _align(self, columns: int) -> int:
+        """The next multiple of `aligned`."""
         return -(-columns // self.aligned) * self.aligned
 
     def _columns(self, start: int, stop: int) -> slice:
@@ -204,12 +205,16 @@ class OrderedLayer:
             conv.norm.affine_needed = any(conv.needs[1:])
             conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
 
-        # All that reads the state, unit by unit
-        read_chs = [conv.unit_chs for conv in self.readers]
-        weights = torch.cat([conv.weight.view(self.segments, conv.unit_chs, -1) for conv in self.readers], 1)
-        padding = self._align(weights.shape[1]) - weights.shape[1]
-        weights = F.pad(weights, (0, 0, 0, padding))
-        weight_grads = torch.empty_like(weights) if any(conv.needs[0] for conv in self.readers) else None
+        # Weights of all that reads the state, by unit
+        parts = [conv.weight.view(self.segments, conv.unit_chs, -1) for conv in self.readers]
+        read_chs = [p.shape[1] for p in parts]
+        padding = self._align(sum(read_chs)) - sum(read_chs)
+        if padding:
+            parts.append(parts[0].new_zeros(self.segments, padding, parts[0].shape[2]))
+        weights = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        weight_grads = None
+        if any(conv.needs[0] for conv in self.readers):
+            weight_grads = torch.empty_like(weights) if len(parts) > 1 else self.readers[0].grad.view(weights.shape)
         per_unit = len(saved) // self.segments
         for start, stop in reversed(self._blocks(CUDA_BLOCK if x.is_cuda else BACKWARD_BLOCK)):
             block, units = self._columns(start, stop), slice(start, stop)
@@ -223,8 +228,8 @@ class OrderedLayer:
                 self._unit_backward(
                     i, received, saved[i * per_unit:(i + 1) * per_unit], d.split([*read_chs, padding], 1))
                 if i > start:
-                    met = (i - start) * self.width  # with residual, later columns are not read again
-                    met = slice(self._align(met) if self.residual else met)
+                    columns = (i - start) * self.width
+                    met = slice(self._align(columns) if self.residual else columns)  # where nobody reads later ones
                     _accumulate(passed[:, met], d, weights[i, :, block][:, met])
             if not self.residual:  # what units after i send to y_i is not x_i's: less that, more all of it below
                 g[:, block] -= passed
@@ -237,10 +242,10 @@ class OrderedLayer:
                 for i in range(start, stop):  # has met its own segment and later ones as x
                     own = i * self.width
                     weight_grads[i, :, own:] = of_x[i - start, :, own - block.start:]
-        if weight_grads is not None:
+        if weight_grads is not None and len(parts) > 1:
             for conv, grads in zip(self.readers, weight_grads.split([*read_chs, padding], 1), strict=False):
                 if conv.needs[0]:
-                    conv.grad.copy_(grads.reshape_as(conv.grad))
+                    conv.grad.view(grads.shape).copy_(grads)
         grad_x = g_map.contiguous(memory_format=memory_format(x)) if x_needed else x.new_empty(0)
         return grad_x, [t for conv in self.convs for t in conv.gradients()]
 
