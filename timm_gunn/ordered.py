@@ -238,10 +238,11 @@ class OrderedLayer:
             if weight_grads is not None:
                 grads, met = weight_grads[units].flatten(0, 1), slice(self._align((stop - 1) * self.width))
                 torch.mm(sent.t(), ys[:, met], out=grads[:, met])
-                of_x = torch.mm(sent.t(), xs[:, block.start:]).view(stop - start, weights.shape[1], -1)
-                for i in range(start, stop):  # has met its own segment and later ones as x
-                    own = i * self.width
-                    weight_grads[i, :, own:] = of_x[i - start, :, own - block.start:]
+                of_y = weight_grads[units, :, block.start:met.stop].clone()
+                torch.mm(sent.t(), xs[:, block.start:], out=grads[:, block.start:])
+                for i in range(start + 1, stop):  # has met earlier units' segments as y
+                    before = (i - start) * self.width
+                    weight_grads[i, :, block][:, :before] = of_y[i - start, :, :before]
         if weight_grads is not None and len(parts) > 1:
             for conv, grads in zip(self.readers, weight_grads.split([*read_chs, padding], 1), strict=False):
                 if conv.needs[0]:
