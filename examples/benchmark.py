@@ -229,9 +229,9 @@ def autocast(args: argparse.Namespace) -> ContextManager:
     return torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype))
 
 
-def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without parameters and buffers."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module, *others: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without parameters, buffers and others."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *others]}
     saved: Dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:

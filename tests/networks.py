@@ -1,6 +1,7 @@
 """The registered networks, whole by name and small enough to try everything on."""
 import copy
 
+import benchmark
 import timm
 import torch
 
@@ -37,15 +38,5 @@ def composite_of(model):
 
 
 def saved_bytes(model, x):
-    """Bytes that autograd keeps for the backward pass of model(x), each storage once, without parameters and input."""
-    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
-    saved = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in known:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t.detach()  # an output of its own node would keep the graph alive forever
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    return sum(saved.values()), out
+    """Bytes that autograd keeps for the backward pass of model(x), without parameters and input."""
+    return benchmark.saved_bytes(lambda: model(x), model, x)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -255,6 +256,19 @@ def test_commands_of_gpu(tmp_path, options):
             else:
                 assert all(Path(word).exists() for word in command if word.endswith('.py'))
     assert benchmarks == (3 if options else 9)
+
+
+def test_the_count_of_saved_bytes_keeps_no_graph():
+    """ReLU saves its output; a hook that gave it back would keep it, and all before it, alive."""
+    model, outputs = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU()), []
+
+    def forward():
+        out = model(torch.randn(2, 3))
+        outputs.append(weakref.ref(out))
+        return out
+
+    assert benchmark.saved_bytes(forward, model) == 4 * 2 * (3 + 5)
+    assert outputs[0]() is None
 
 
 def test_profile(capsys):
