@@ -30,16 +30,16 @@ are from the first up to its segment, and from the second beyond.
 
 What each optimisation is worth on a CPU: time without it over time with all, train / inference, float32 then bfloat16
 (`python examples/benchmark.py --reference gunn18 --models gunn18 gunn18:KIND ...`, two cores of an AMD EPYC, batch 8;
-for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds, composites training of 3):
+for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds; quartiles differ by 5 %):
 
 | optimisation | KIND | GUNN-18 | GUNN-15 |
 |---|---|---|---|
-| blocks forward | unblocked-forward | - (one segment is a block) | 1.20 / 1.08, 1.09 / 1.17 |
-| blocks backward | unblocked-backward | 1.03 / -, 1.00 / - | 1.00 / -, 1.12 / - |
+| blocks forward | unblocked-forward | - (one segment is a block) | 1.00 / 1.08, 1.01 / 1.17 |
+| blocks backward | unblocked-backward | 0.98 / -, 1.06 / - | 0.97 / -, 1.04 / - |
 | rows as wide ones (aten_norm.py) | narrow | 1.01 / -, 0.97 / - | 1.21 / 1.00, 1.31 / 1.01 |
 | state read by convolutions, not products | matmul | 1.07 / 1.48, 1.00 / 0.96 | 1.18 / 1.31, 1.05 / 1.03 |
 | norms folded in passing | separate-norms | - / 1.12, - / 1.09 | - / 1.05, - / 1.06 |
-| all: the composite of modules | composite | 1.21 / 1.45, - / 1.31 | 1.74 / 2.34, - / 2.12 |
+| all: the composite of modules | composite | 1.07 / 1.45, 1.54 / 1.31 | 1.74 / 2.34, - / 2.12 |
 | and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
 """
 import math
