@@ -1,6 +1,7 @@
 """Print the table of trained networks in weights/README.md, from weights/results.csv, beside the paper's numbers.
 
     python examples/results_table.py
+    python examples/results_table.py --finetuning   # what weights are worth: the table in README.md
     python examples/results_table.py --curves gunn15=a/metrics.csv sunn15=b/metrics.csv   # the paper's Figure 3
 
 Runs that differ in their seed alone share a row: the mean error, and its range.
@@ -15,6 +16,8 @@ from cifar_results import draw_curves, read_results
 from common import PUBLISHED
 
 RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
+FINETUNING = RESULTS.with_name('finetuning.csv')
+SEGMENTATION = Path(__file__).parent / 'results' / 'segment_finetuning.csv'
 
 
 def spread(values: List[float], digits: int) -> str:
@@ -44,12 +47,32 @@ def print_table(path: Path) -> None:
               f'| {spread([float(r["minutes"]) for r in rows if r["minutes"]], 0)} | {hardware} | {published} |')
 
 
+def print_finetuning() -> None:
+    """As many steps from scratch and from weights, by task."""
+    tasks: Dict[str, tuple] = {}
+    for row in read_results(FINETUNING):
+        task = f'`{row["model"]}` | {row["data"]}, epochs: {row["epochs"]} | error (%)'
+        tasks.setdefault(task, ([], []))['from pretrained weights' in row['recipe']].append(float(row['error']))
+    with open(SEGMENTATION, newline='') as f:
+        for row in csv.DictReader(f):
+            model, _, tag = row['backbone'].partition('.')
+            task = f'`{model}` | {row["architecture"]} on drawn scenes, steps: {row["steps"]} | mIoU (%)'
+            tasks.setdefault(task, ([], []))[bool(tag)].append(float(row['miou']))
+    print('| network | trained on | measured | from scratch | from its weights |\n|---|---|---|---|---|')
+    for task, (scratch, weights) in tasks.items():
+        print(f'| {task} | {spread(scratch, 1)} | {spread(weights, 1)} |')
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--results', type=Path, default=RESULTS)
+    parser.add_argument('--finetuning', action='store_true', help='the table of fine-tuning instead')
     parser.add_argument('--curves', nargs='+', metavar='NAME=CSV', help='draw the metrics of several runs together')
     parser.add_argument('--output', type=Path, default=Path('output/training_dynamics.png'), help='of --curves')
     args = parser.parse_args(argv)
+    if args.finetuning:
+        print_finetuning()
+        return
     if args.curves is None:
         if not args.results.is_file():
             parser.error(f'expected a CSV of results, got {args.results}')

@@ -314,6 +314,8 @@ def test_results_table(tmp_path, capsys):
 def test_results_table_is_that_of_the_readme(capsys):
     results_table.main([])
     assert capsys.readouterr().out in (ROOT / 'weights' / 'README.md').read_text()
+    results_table.main(['--finetuning'])
+    assert capsys.readouterr().out in (ROOT / 'README.md').read_text()
 
 
 def test_training_dynamics(tmp_path, capsys):

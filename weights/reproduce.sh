@@ -35,6 +35,7 @@ cifar() {  # MODEL DATA NAME
   fi
 }
 
+results=results
 stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED [OPTION...], by timm's train.py
   local split=val resume=() command folder
   folder=$output/$(IFS=; echo "$1-$2-$6-$7${*:8}")
@@ -52,6 +53,7 @@ stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED [OPTION...], by timm's t
     --experiment "$(basename "$folder")" "${resume[@]}")
   python examples/record_result.py "$folder/last.pth.tar" "$folder/model.safetensors" --timm "$timm" \
     --data-dir "$data/$2" --split $split --dataset-name "$3" --device "$device" --command "${command[*]}" \
+    --results "weights/$results.csv" \
     $([ ${#resume[@]} -gt 0 ] || echo --minutes $(((SECONDS - start) / 60)))
   touch "$folder/done"
 }
@@ -65,6 +67,7 @@ for seed in ${SEEDS:-0}; do
   done
 done
 # What the weights are worth: as many steps from them and from scratch.
+results=finetuning
 for seed in 0 1 2; do
   for start in '' --pretrained; do
     stock gunn18 imagenette Imagenette 10 64 3 $seed --lr 0.05 --warmup-epochs 0 $start
