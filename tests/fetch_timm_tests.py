@@ -2,9 +2,9 @@
 
     python tests/fetch_timm_tests.py
 """
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,7 @@ def fetch() -> Path:
                 sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', tmp,
                 f'timm=={version("timm")}'], check=True)
             archive, = Path(tmp).glob('*.tar.gz')
-            with tarfile.open(archive) as tar:
-                tar.extractall(tmp, filter='data')
+            shutil.unpack_archive(archive, tmp)
             (Path(tmp) / tests.parent.name).rename(tests.parent)
     return tests
 
