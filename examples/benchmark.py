@@ -76,13 +76,13 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     '': lambda model: model,
     'composite': composite,
     'checkpointed': checkpointed,
-    'library': switched('ordered.has_triton_package', lambda: False),
+    'library': switched('convs.has_triton_package', lambda: False),
     'folded': timm.utils.reparameterize_model,
     'products': lambda model: model,  # see Products
     # The operator without one of its optimisations.
     'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
     'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
-    'separate-norms': switched('ordered.folded', lambda params, *_: params),
+    'separate-norms': switched('convs.folded', lambda params, *_: params),
     'narrow': switched('aten_norm.AtenNorm._pack', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),
 }

@@ -5,14 +5,14 @@ from test_fused import make_layer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_gunn.convs
 import timm_gunn.ops
-import timm_gunn.ordered
 
 
 @pytest.fixture(autouse=True)
 def fake_kernels(monkeypatch):
     """PyTorch has no fake kernel of the batch's statistics; Triton kernels take no fake tensors at all."""
-    monkeypatch.setattr(timm_gunn.ordered, 'has_triton_package', lambda: False)
+    monkeypatch.setattr(timm_gunn.convs, 'has_triton_package', lambda: False)
     library = torch.library.Library('aten', 'IMPL', 'Meta')
 
     def statistics(h, mean, variance, momentum):

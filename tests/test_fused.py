@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_gunn.convs
 import timm_gunn.ops
 import timm_gunn.ordered
 from timm_gunn import Gunn, GunnLayer, unstack_model
@@ -56,7 +57,7 @@ def norm_kernels(request, monkeypatch):
     """All implementations of the norms, and the columns that are added on CUDA devices, on the CPU."""
     if request.param == 'triton':
         from timm_gunn.triton_norm import TritonNorm
-        monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
+        monkeypatch.setattr(timm_gunn.convs, 'norm_class', lambda weight: TritonNorm)
     if request.param != 'library':
         monkeypatch.setitem(timm_gunn.ordered.ALIGNED, 'cpu', 8)
 
@@ -158,7 +159,7 @@ def test_low_precision_is_as_precise_as_the_composite(device, kind, residual, tr
 def test_interpreted_layer_is_as_precise_as_the_composite(monkeypatch):
     """Triton's interpreter cuts bfloat16 off where devices round, which doubles errors."""
     from timm_gunn.triton_norm import TritonNorm
-    monkeypatch.setattr(timm_gunn.ordered, 'norm_class', lambda weight: TritonNorm)
+    monkeypatch.setattr(timm_gunn.convs, 'norm_class', lambda weight: TritonNorm)
     set_blocks(monkeypatch, 12)
     torch.manual_seed(0)
     layer = make_layer(16, 4, shortcut=True)

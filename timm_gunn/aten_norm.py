@@ -109,14 +109,8 @@ class AtenNorm:
         return a.relu() if a is h and not in_place else a.relu_()
 
     def update(
-            self,
-            i: int,
-            h: torch.Tensor,
-            out: torch.Tensor,
-            other: 'Optional[Tuple[AtenNorm, torch.Tensor]]' = None,
-            add: bool = False,
-            state: Optional[torch.Tensor] = None,
-            change: Optional[torch.Tensor] = None,
+            self, i: int, h: torch.Tensor, out: torch.Tensor, other: 'Optional[Tuple[AtenNorm, torch.Tensor]]' = None,
+            add: bool = False, state: Optional[torch.Tensor] = None, change: Optional[torch.Tensor] = None,
             drop_scale: Optional[torch.Tensor] = None,
     ) -> None:
         """Write the normalised h to `out`, or add it.

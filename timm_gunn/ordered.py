@@ -43,14 +43,13 @@ for GUNN-15 `--img-size 32 --batch-size 64`; medians of 7 to 9 rounds; quartiles
 | and checkpoints by stage (GUNN-15: batch 32) | checkpointed | | 2.42 / - |
 """
 import math
-from typing import List, Optional, Sequence, Tuple, Type
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import fuse_conv_bn_weights
-from torch.utils._triton import has_triton_package
 
-from .aten_norm import AtenNorm, Params, stats_dtype, unflatten
+from .aten_norm import AtenNorm, stats_dtype, unflatten
+from .convs import Conv
 
 aten = torch.ops.aten
 
@@ -93,17 +92,10 @@ class OrderedLayer:
         self.map_shape, self.rows = (batch, height, width), batch * height * width
         self.segments, self.width = segments, channels // segments
         self.dilation, self.residual, self.dtype = dilation, residual, dtype
-        self.drop_scale = (
-            None if drop_scale is None else drop_scale.to(stats_dtype(dtype)).view(batch, 1, segments))
-        self.convs = []
-        for i, (p, e) in enumerate(zip(unflatten(params), eps, strict=True)):
-            batch_stats = p.takes_batch_stats
-            if batch_stats and stats:
-                p = p._replace(mean=stats[2 * i], variance=stats[2 * i + 1])
-            # On a CPU, folding large weights costs more than normalising small maps.
-            elif fold and p.mean.numel() and (x.is_cuda or p.weight[0].numel() <= self.rows):
-                p = folded(p, e, stats_dtype(dtype))
-            self.convs.append(Conv(p, e, batch_stats, self.rows, segments, dtype))
+        self.drop_scale = None if drop_scale is None else drop_scale.to(stats_dtype(dtype)).view(batch, 1, segments)
+        self.convs = [
+            Conv(p, stats[2 * i:2 * i + 2], e, self.rows, segments, dtype, fold)
+            for i, (p, e) in enumerate(zip(unflatten(params), eps, strict=True))]
         depth = len(eps) // 3
         self.bottlenecks = [self.convs[3 * i:3 * i + 3] for i in range(depth)]
         self.readers = [self.convs[0], *self.convs[3 * depth:]]
@@ -152,7 +144,7 @@ class OrderedLayer:
         """Columns of segments [start, stop) in the state."""
         return slice(start * self.width, stop * self.width)
 
-    def _read(self, conv: 'Conv', state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _read(self, conv: Conv, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Outputs of a convolution of units [start, stop) on one and the same state."""
         chs = conv.channels(start, stop)
         weight, bias = conv.weight[chs], None if conv.bias is None else conv.bias[chs]
@@ -188,12 +180,7 @@ class OrderedLayer:
             (proj.norm, proj.norm.measure(i, p)) for proj, p in zip(self.readers[1:], reads[1:], strict=True))]
 
     def backward(
-            self,
-            grad: torch.Tensor,
-            x: torch.Tensor,
-            y: torch.Tensor,
-            saved: List[torch.Tensor],
-            needs: List[bool],
+            self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, saved: List[torch.Tensor], needs: List[bool],
     ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """Algorithm 1: gradients of x, empty if not needed, and of those of `params` that need one."""
         g_map = grad.clone(memory_format=torch.channels_last)
@@ -201,9 +188,7 @@ class OrderedLayer:
         x_needed, *needs = needs
         xs, ys = (_matrix(t.contiguous(memory_format=torch.channels_last)).to(self.dtype) for t in (x, y))
         for i, conv in enumerate(self.convs):
-            conv.needs = needs[5 * i:5 * i + 3]
-            conv.norm.affine_needed = any(conv.needs[1:])
-            conv.grad = torch.empty_like(conv.params.weight, dtype=self.dtype) if conv.needs[0] else None
+            conv.prepare_gradients(needs[5 * i:5 * i + 3])
 
         # Weights of all that reads the state, by unit
         parts = [conv.weight.view(self.segments, conv.unit_chs, -1) for conv in self.readers]
@@ -275,7 +260,7 @@ class OrderedLayer:
                     conv1.write_gradient(i, d, conv3.norm.apply(i, h))
                 received = torch.mm(d, conv1.weights[i])
 
-    def _conv3x3_backward(self, i: int, conv: 'Conv', grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _conv3x3_backward(self, i: int, conv: Conv, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         grad, x, weight = _map(grad, self.map_shape), _map(x, self.map_shape), conv.weights[i]
         if self.dilation > 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
             # In channels-last memory, torch 2.15 gives NaN as the gradient of some such weights.
@@ -285,58 +270,6 @@ class OrderedLayer:
             grad, x, weight, None, [1, 1], dilation, dilation, False, [0, 0], 1, [True, conv.needs[0], False])
         conv.grads.append(grad_weight)
         return _matrix(grad_x.contiguous(memory_format=torch.channels_last))
-
-
-class Conv:
-    """A convolution of all units and its norm, in the dtype to compute in; those of one pixel as matrices."""
-
-    def __init__(self, params: Params, eps: float, batch_stats: bool, rows: int, segments: int, dtype: torch.dtype):
-        self.params = params
-        weight = params.weight.to(dtype)
-        self.weight = weight.flatten(1) if weight.shape[2] == 1 else weight
-        self.weights = self.weight.chunk(segments)
-        self.unit_chs = len(weight) // segments
-        self.norm = norm_class(weight)(params, eps, batch_stats, rows, segments, dtype)
-        self.bias = params.beta.to(dtype) if params.beta.numel() and not self.norm.exists else None
-        self.biases = [None] * segments if self.bias is None else self.bias.chunk(segments)
-        self.needs = [True] * 3
-        self.grad: Optional[torch.Tensor] = None
-        self.grads: List[torch.Tensor] = []  # what is still to be copied there, from the last unit to the first
-
-    def channels(self, start: int, stop: int) -> slice:
-        """Output channels of units [start, stop)."""
-        return slice(start * self.unit_chs, stop * self.unit_chs)
-
-    def linear(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Output of unit i, for convolutions of one pixel."""
-        return F.linear(x, self.weights[i], self.biases[i])
-
-    def write_gradient(self, i: int, d: torch.Tensor, x: torch.Tensor) -> None:
-        """Gradient of unit i's weight, d^T x, for convolutions of one pixel."""
-        if self.needs[0]:
-            torch.mm(d.t(), x, out=self.grad.view_as(self.weight)[self.channels(i, i + 1)])
-
-    def gradients(self) -> List[torch.Tensor]:
-        """Those that are needed of weight, gamma and beta, in the parameters' dtypes and strides."""
-        if self.grads and self.needs[0]:
-            torch.cat(self.grads[::-1], out=self.grad)
-        grads = self.grad, torch.cat(self.norm.grad_gamma), torch.cat(self.norm.grad_beta)
-        return [g.to(p.dtype) for g, p, need in zip(grads, self.params, self.needs, strict=False) if need]
-
-
-def norm_class(weight: torch.Tensor) -> Type[AtenNorm]:
-    """Norm of a weight's device: by Triton kernels on CUDA devices, where Triton is installed."""
-    if weight.is_cuda and has_triton_package():
-        from .triton_norm import TritonNorm
-        return TritonNorm
-    return AtenNorm
-
-
-def folded(p: Params, eps: float, dtype: torch.dtype) -> Params:
-    """A convolution with a bias that does what it and its norm do."""
-    weight, gamma, beta, mean, variance = (t.to(dtype) for t in p)
-    weight, bias = fuse_conv_bn_weights(weight, None, mean, variance, eps, gamma, beta)
-    return Params(weight, gamma[:0], bias, gamma[:0], gamma[:0])
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:

@@ -245,14 +245,8 @@ class TritonNorm(AtenNorm):
             super().update(i, h, out, other, drop_scale=drop_scale, **where)
 
     def _write(
-            self,
-            i: int,
-            h: torch.Tensor,
-            out: torch.Tensor,
-            other: 'Optional[Tuple[TritonNorm, torch.Tensor]]' = None,
-            add: bool = False,
-            state: Optional[torch.Tensor] = None,
-            change: Optional[torch.Tensor] = None,
+            self, i: int, h: torch.Tensor, out: torch.Tensor, other: 'Optional[Tuple[TritonNorm, torch.Tensor]]' = None,
+            add: bool = False, state: Optional[torch.Tensor] = None, change: Optional[torch.Tensor] = None,
             relu: bool = False,
     ) -> torch.Tensor:
         norm, t = other or (self, h)
