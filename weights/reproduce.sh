@@ -63,7 +63,7 @@ stock gunn18 tiny-imagenet 'Tiny ImageNet' 200 64 "$tiny_epochs" 0
 cifar sunn15 cifar10 CIFAR-10
 for seed in ${SEEDS:-0}; do
   for model in gunn18 sunn18 resnet50; do
-    stock $model imagenette Imagenette 10 128 5 "$seed"
+    stock $model imagenette Imagenette 10 128 5 "$seed" --lr 0.02
   done
 done
 # What the weights are worth: as many steps from them and from scratch.
