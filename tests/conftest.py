@@ -18,8 +18,19 @@ TIMM_MARKERS = (  # of the tests that timm ships, see test_timm_contract.py
 
 
 def pytest_configure(config):
+    _keep_builtins()
     for marker in TIMM_MARKERS:
         config.addinivalue_line('markers', f'{marker}: a marker of the tests that timm ships')
+
+
+def _keep_builtins():
+    """TorchScript knows builtins by their address, also those that a first compilation drops (quantized_decomposed's).
+
+    It takes what comes to lie there for a builtin, and fails. So keep them all.
+    """
+    from torch.jit import _builtins
+    register, kept = _builtins._register_builtin, []
+    _builtins._register_builtin = lambda function, op: (kept.append(function), register(function, op))
 
 
 def pytest_runtest_setup(item):
