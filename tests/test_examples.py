@@ -369,7 +369,9 @@ esac
     commands, _ = reproduce(1, KILL='stock')
     assert [Path(c[0]).name for c in commands] == ['train_cifar.py', 'train.py']
     assert '--resume' not in commands[-1]
-    commands, _ = reproduce()
+    assert ('--amp-dtype', 'bfloat16') in itertools.pairwise(commands[-1])
+    commands, _ = reproduce(DTYPE='float32')
+    assert not any('--amp' in c for c in commands)
     assert [Path(c[0]).name for c in commands] == [
         'train.py', 'record_result.py', 'train_cifar.py', *['train.py', 'record_result.py'] * 6,
         *[*['train.py', 'record_result.py'] * 4, 'segment.py'] * 3, *['train_cifar.py'] * 3]
@@ -385,9 +387,9 @@ esac
     recorded = [record_result.parse_args(c[1:]) for c in commands if 'record_result' in c[0]]
     assert [r.minutes for r in recorded] == [None, *[0] * 18]
     runs = [train_cifar.parse_args(c[1:]) for c in commands if 'train_cifar' in c[0]]
-    assert [(r.model, r.dataset_name, r.epochs, r.device) for r in runs] == [
-        ('sunn15', 'CIFAR-10', 7, 'cpu'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu'),
-        ('gunn15.c100', 'CIFAR-100', 7, 'cpu'), ('sunn15.c100', 'CIFAR-100', 7, 'cpu')]
+    assert [(r.model, r.dataset_name, r.epochs, r.device, r.dtype) for r in runs] == [
+        ('sunn15', 'CIFAR-10', 7, 'cpu', 'float32'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu', 'float32'),
+        ('gunn15.c100', 'CIFAR-100', 7, 'cpu', 'float32'), ('sunn15.c100', 'CIFAR-100', 7, 'cpu', 'float32')]
     assert reproduce() == ([], '')  # all done
     result = subprocess.run(
         [ROOT / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'timm'], capture_output=True, text=True)

@@ -3,8 +3,9 @@
 usage='usage: weights/reproduce.sh DATA TIMM
   DATA holds image folders: cifar10 and cifar100 (train, test), tiny-imagenet and imagenette (train, val).
   TIMM is a checkout of pytorch-image-models. What has ended is skipped, and what was killed goes on.
-  EPOCHS of CIFAR (16), TINY_EPOCHS (8), DEVICE (cpu) and OUTPUT (output/reproduce) come from the environment.
-  The defaults take two CPU cores about a day. For a GPU: DEVICE=cuda EPOCHS=300 TINY_EPOCHS=40.'
+  EPOCHS of CIFAR (16), TINY_EPOCHS (8), DEVICE (cpu), DTYPE (bfloat16) and OUTPUT (output/reproduce) come from the
+  environment. The defaults take two CPU cores about a day. For a GPU: DEVICE=cuda EPOCHS=300 TINY_EPOCHS=40.
+  On a CPU without avx512_bf16 in /proc/cpuinfo DTYPE=float32 is faster.'
 set -euo pipefail
 if [ $# != 2 ] || [ ! -d "$1" ] || [ ! -f "$2/train.py" ]; then
   echo "$usage" >&2
@@ -12,15 +13,20 @@ if [ $# != 2 ] || [ ! -d "$1" ] || [ ! -f "$2/train.py" ]; then
 fi
 data=$(realpath "$1") timm=$(realpath "$2")
 cd "$(dirname "$0")/.."
-epochs=${EPOCHS:-16} tiny_epochs=${TINY_EPOCHS:-8} device=${DEVICE:-cpu}
+epochs=${EPOCHS:-16} tiny_epochs=${TINY_EPOCHS:-8} device=${DEVICE:-cpu} dtype=${DTYPE:-bfloat16}
 output=$(realpath -m "${OUTPUT:-output/reproduce}") root=$PWD
 export PYTHONPATH=$root
 # glibc then keeps large buffers from step to step.
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000
 if [ "$device" = cpu ]; then
-  batch=64 on=(--dtype bfloat16)
+  batch=64 on=(--dtype "$dtype")
 else
-  batch=256 on=(--graphs)
+  batch=256 on=(--dtype "$dtype" --graphs)
+fi
+if [ "$dtype" = float32 ]; then
+  amp=()
+else
+  amp=(--amp --amp-dtype "$dtype")
 fi
 
 cifar() {  # MODEL DATA NAME
@@ -44,7 +50,7 @@ stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED [OPTION...], by timm's t
   command=(python train.py --data-dir "$2" --val-split $split --model "$1" --num-classes "$4" --img-size "$5" --seed "$7"
     --batch-size 64 --epochs "$6" --opt sgd --lr 0.1 --weight-decay 5e-4 --sched cosine --sched-on-updates
     --warmup-epochs 1 --warmup-lr 1e-3 --min-lr 0 --scale 0.25 1 --crop-pct 1 --color-jitter 0 --smoothing 0.1
-    --amp --amp-dtype bfloat16 --channels-last --checkpoint-hist 1 "${@:8}")
+    "${amp[@]}" --channels-last --checkpoint-hist 1 "${@:8}")
   if [ -e "$folder/last.pth.tar" ]; then
     resume=(--resume "$folder/last.pth.tar")
   fi
