@@ -68,7 +68,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--repo', required=True, metavar='OWNER/NAME')
     parser.add_argument('--data-dir', type=Path, required=True, help='image folder to evaluate on')
     parser.add_argument('--split', default='test', help='its subfolder')
-    parser.add_argument('--dataset-name', required=True, help='what the data is called, such as "CIFAR-10 (JPEG copy)"')
+    parser.add_argument('--dataset-name', required=True, help='what the data is called, such as CIFAR-10')
     parser.add_argument('--dataset-id', help='on the Hub, such as uoft-cs/cifar10')
     parser.add_argument('--training-command', required=True)
     parser.add_argument('--license', default='apache-2.0')
