@@ -25,7 +25,7 @@ def small(name, **kwargs):
 def tiny(name, **kwargs):
     """For compilers and exporters, which take seconds for a hundred operations."""
     stages = len(SMALL[name]['channels'])
-    return small(name, channels=(4, 6, 4, 4)[:stages], segments=(2, 3, 2, 1)[:stages], **kwargs)
+    return small(name, **{**dict(channels=(4, 6, 4, 4)[:stages], segments=(2, 3, 2, 1)[:stages]), **kwargs})
 
 
 def composite_of(model):

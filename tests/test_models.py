@@ -541,7 +541,7 @@ def test_drop_path_rises_with_depth():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', KINDS)
 def test_pure_bfloat16_channels_last(name):
     """Maps and gradients are no further from float64 than twice the composite's; a classifier trains, too."""
     model = small(name, features_only=True, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
@@ -604,7 +604,7 @@ def test_compile(name, training):
 
 
 @pytest.mark.skipif(torch.__version__.startswith('2.8.'), reason='torch 2.8 compiles anew for odd sizes')
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', ['gunn24', 'gunn18'])
 def test_compile_with_dynamic_sizes(name):
     """One graph for images of any size, odd ones too."""
     model = randomise(tiny(name, dtype=torch.float64)).eval()
@@ -617,7 +617,7 @@ def test_compile_with_dynamic_sizes(name):
 
 
 def test_compile_with_inductor():
-    model = randomise(tiny('gunn15', dtype=torch.float64))
+    model = randomise(tiny('gunn15', channels=(4, 6), segments=(2, 3), dtype=torch.float64))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
     assert_same_training(model, compiled, torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
@@ -688,8 +688,8 @@ def test_export_with_dynamic_shapes(name, kwargs):
         assert_same_outputs(out if isinstance(out, list) else [out], model(x))
 
 
-@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
-@pytest.mark.parametrize(('name', 'kwargs'), EXPORTED)
+@pytest.mark.parametrize(('name', 'kwargs', 'dynamo'), [
+    *((*e, False) for e in EXPORTED), *((*e, True) for e in (EXPORTED[1], EXPORTED[-1]))])  # dynamo is slow
 def test_onnx(name, kwargs, dynamo, tmp_path):
     import onnxruntime
     model = randomise(tiny(name, **kwargs)).eval()

@@ -106,14 +106,14 @@ def test_equal_functions_are_not_enough_with_relu():
 @pytest.mark.parametrize('relu', [False, True])
 @pytest.mark.parametrize('pair', [(p, q) for q in range(6) for p in range(q)], ids=str)
 def test_collapse_cannot_persist_in_order(pair, relu):
-    """For every pair in different segments, of length 1 and, where that separates them, 2 and 3: gone in one step."""
+    """Every pair in different segments, of length 1, 2 and 3, is gone in one step; it stays so, shown for length 3."""
     for segments in ((1,) * 6, (2, 2, 2), (3, 3)):
         case = Case(segments, True, pair)
         if segment_of(case, pair[0]) != segment_of(case, pair[1]):
-            distances, _ = follow(case, relu, SEEDS, 0.005, [0, 1, 100])
+            distances, _ = follow(case, relu, SEEDS, 0.005, [0, 1, 100] if segments == (3, 3) else [0, 1])
             assert (distances[0] < 1e-14).all()
             assert (distances[1] > 1e-3).all()
-            assert (distances[2] > 0.03).all()
+            assert (distances[2:] > 0.03).all()
 
 
 @pytest.mark.parametrize('name', ['gradual', 'gradual, neighbours', 'segments of 3, pair in two'])
