@@ -1,6 +1,5 @@
 """What a run of train_cifar.py leaves behind: curves, weights, their row of results, and the ensemble of snapshots."""
 import argparse
-import csv
 import hashlib
 import math
 import subprocess
@@ -16,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from cifar_data import Data
-from common import Row, locked, machine, replacing, save_weights, write_csv
+from common import Row, locked, machine, read_csv, replacing, save_weights, write_csv
 
 import timm_gunn
 
@@ -89,13 +88,10 @@ def identity(row: Row) -> Tuple[str, ...]:
 
 def read_results(path: Path) -> List[Row]:
     """Rows of a CSV of results, none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline='') as f:
-        reader = csv.DictReader(f)
-        if reader.fieldnames != RESULT_COLUMNS:
-            raise SystemExit(f'{path}: expected the columns {RESULT_COLUMNS}, got {reader.fieldnames}')
-        return list(reader)
+    rows = read_csv(path)
+    if rows and list(rows[0]) != RESULT_COLUMNS:
+        raise SystemExit(f'{path}: expected the columns {RESULT_COLUMNS}, got {list(rows[0])}')
+    return rows
 
 
 def evaluate(log_probs: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:

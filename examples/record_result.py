@@ -19,7 +19,7 @@ from typing import List, Optional
 import timm
 import torch
 from cifar_results import RESULT_COLUMNS, identity, origin, read_results
-from common import save_weights, write_csv
+from common import locked, save_weights, write_csv
 
 RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
 
@@ -55,7 +55,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    before = read_results(args.results)
+    read_results(args.results)  # an error before minutes of work
 
     with torch.serialization.safe_globals([argparse.Namespace]):
         state = torch.load(args.checkpoint, map_location='cpu', weights_only=True)
@@ -82,7 +82,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         sha256=hashlib.sha256(args.file.read_bytes()).hexdigest())
     row.update({k: getattr(args, k) for k in ('hardware', 'versions', 'commit') if getattr(args, k)})
     row = {column: row[column] for column in RESULT_COLUMNS}
-    write_csv(args.results, [r for r in before if identity(r) != identity(row)] + [row])
+    with locked(args.results.with_suffix('.lock'), wait=True):
+        write_csv(args.results, [r for r in read_results(args.results) if identity(r) != identity(row)] + [row])
     print(f'{row["model"]}: {row["error"]:.2f} % error on {row["images"]} images of {row["data"]}; {args.file}')
 
 

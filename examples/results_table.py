@@ -7,13 +7,12 @@
 Runs that differ in their seed alone share a row: the mean error, and its range.
 """
 import argparse
-import csv
 import statistics
 from pathlib import Path
 from typing import Dict, List, Optional
 
 from cifar_results import draw_curves, read_results
-from common import PUBLISHED
+from common import PUBLISHED, read_csv
 
 RESULTS = Path(__file__).parent.parent / 'weights' / 'results.csv'
 FINETUNING = RESULTS.with_name('finetuning.csv')
@@ -52,11 +51,10 @@ def print_finetuning() -> None:
     for row in read_results(FINETUNING):
         task = f'`{row["model"]}` | {row["data"]}, epochs: {row["epochs"]} | error (%)'
         tasks.setdefault(task, ([], []))['from pretrained weights' in row['recipe']].append(float(row['error']))
-    with open(SEGMENTATION, newline='') as f:
-        for row in csv.DictReader(f):
-            model, _, tag = row['backbone'].partition('.')
-            task = f'`{model}` | {row["architecture"]} on drawn scenes, steps: {row["steps"]} | mIoU (%)'
-            tasks.setdefault(task, ([], []))[bool(tag)].append(float(row['miou']))
+    for row in read_csv(SEGMENTATION):
+        model, _, tag = row['backbone'].partition('.')
+        task = f'`{model}` | {row["architecture"]} on drawn scenes, steps: {row["steps"]} | mIoU (%)'
+        tasks.setdefault(task, ([], []))[bool(tag)].append(float(row['miou']))
     print('| network | trained on | measured | from scratch | from its weights |\n|---|---|---|---|---|')
     for task, (scratch, weights) in tasks.items():
         print(f'| {task} | {spread(scratch, 1)} | {spread(weights, 1)} |')
@@ -82,8 +80,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         name, separator, path = curve.partition('=')
         if not separator or not Path(path).is_file():
             parser.error(f'expected --curves NAME=CSV with the metrics.csv of a run, got {curve!r}')
-        with open(path, newline='') as f:
-            runs[name] = list(csv.DictReader(f))
+        runs[name] = read_csv(Path(path))
         if not runs[name]:
             parser.error(f'expected at least one epoch in {path}, got none')
     args.output.parent.mkdir(parents=True, exist_ok=True)

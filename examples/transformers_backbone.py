@@ -1,4 +1,4 @@
-"""GUNN in Hugging Face transformers: as the backbone of UperNet or DETR, and as an image classifier from a folder.
+"""GUNN in Hugging Face transformers: as UperNet's backbone or another's, and as an image classifier from a folder.
 
     pip install '.[downstream]'
     python examples/transformers_backbone.py
@@ -36,8 +36,6 @@ from drawn_scenes import (
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
-    DetrConfig,
-    DetrForObjectDetection,
     TimmBackboneConfig,
     TimmWrapperForImageClassification,
     UperNetConfig,
@@ -70,15 +68,6 @@ def upernet(source: torch.nn.Module, classes: int, **kwargs) -> UperNetForSemant
         backbone_config=backbone_config(source), auxiliary_in_channels=source.feature_info.channels()[2],
         num_labels=classes, **kwargs)
     return restore(UperNetForSemanticSegmentation(config), source)
-
-
-def detr(source: torch.nn.Module, classes: int, **kwargs) -> DetrForObjectDetection:
-    """DETR on the last map of a network that timm made, features_only and out_indices=(4,).
-
-    Its norms are frozen and keep the statistics that they are given: the network should come with trained weights.
-    """
-    config = DetrConfig(backbone_config=backbone_config(source), num_labels=classes, **kwargs)
-    return restore(DetrForObjectDetection(config), source)
 
 
 def train(model: UperNetForSemanticSegmentation, scenes: List[Scene], args: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@
         hub.tokens['hf_secret'] = 'somebody'
         HF_ENDPOINT = hub.url
 
-It serves what publishing and loading weights ask for: whoami-v2, repos/create and delete, model info by revision,
-paths-info, validate-yaml, preupload, LFS batch and PUT, commits as NDJSON with a parent, and resolve with the headers
-and redirects that the client builds its cache on. A fault is a function of the request handler; if it returns True it
+It serves what publishing and loading weights ask for: whoami-v2, repos/create, model info by revision, paths-info,
+validate-yaml, preupload, LFS batch and PUT, commits as NDJSON with a parent, and resolve with the headers and redirects
+that the client builds its cache on. A fault is a function of the request handler; if it returns True it
 has answered in place of the server.
 """
 import base64
@@ -66,8 +66,7 @@ class HubServer:
                 pass
 
             def handle_any(self):
-                parts = urlsplit(self.path)
-                self.route, self.query = unquote(parts.path), parse_qs(parts.query)
+                self.route = unquote(urlsplit(self.path).path)
                 length = int(self.headers.get('Content-Length') or 0)
                 if self.headers.get('Transfer-Encoding') == 'chunked':
                     self.body = b''
@@ -86,7 +85,7 @@ class HubServer:
                         return
                 hub.answer(self)
 
-            do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+            do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
             # --- Answers
 
@@ -110,14 +109,8 @@ class HubServer:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
 
-            def send_file(self, content, etag, commit, announced=None, **headers):
-                """A file or the range of it that was asked for."""
-                start = 0
-                if ranged := self.headers.get('Range'):
-                    start = int(ranged.removeprefix('bytes=').split('-')[0])
-                    headers['Content-Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
-                self.send(206 if ranged else 200, content[start:], ETag=f'"{etag}"', X_Repo_Commit=commit,
-                          Accept_Ranges='bytes', **headers)
+            def send_file(self, content, etag, commit):
+                self.send(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.server.daemon_threads, self.server.hub = True, self
@@ -152,10 +145,6 @@ class HubServer:
             request.send(200, {'errors': [], 'warnings': []})
         elif parts == ['api', 'repos', 'create']:
             self.create(request)
-        elif parts == ['api', 'repos', 'delete']:
-            wanted = json.loads(request.body)
-            self.repos.pop(f'{wanted.get("organization") or request.user}/{wanted["name"]}', None)
-            request.send(200, {})
         elif parts[:2] == ['api', 'models']:
             self.model(request, '/'.join(parts[2:4]), parts[4:])
         elif path.endswith('.git/info/lfs/objects/batch'):
@@ -217,8 +206,6 @@ class HubServer:
             except ValueError:
                 paths = parse_qs(request.body.decode())['paths']
             request.send(200, [self.entry(path, *commit[1][path]) for path in paths if path in commit[1]])
-        elif action == 'tree':
-            request.send(200, [self.entry(path, *file) for path, file in sorted(commit[1].items())])
         elif action == 'preupload':
             request.send(200, {'files': [
                 {'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith('.safetensors') else 'regular',

@@ -1,8 +1,6 @@
 """GUNN in other people's code: the libraries of the extra `downstream`, and the examples that use them."""
 import argparse
 import copy
-import csv
-import logging
 import re
 from itertools import product
 from pathlib import Path
@@ -14,9 +12,9 @@ import pytest
 import timm
 import timm.layers
 import torch
+from common import read_csv
 from images import image_folder
-from networks import CIFAR, IMAGENET, MODELS, SMALL, small
-from packaging.version import Version
+from networks import IMAGENET, SMALL, small
 from PIL import Image
 from reference import randomise
 from torch.testing import assert_close
@@ -46,7 +44,8 @@ def assert_trains(model, loss):
 
 # --- segmentation_models_pytorch ---
 
-@pytest.mark.parametrize('arch', ['Unet', 'UnetPlusPlus', 'Linknet', 'FPN', 'PSPNet', 'MAnet', 'UPerNet', 'Segformer'])
+@pytest.mark.parametrize('arch', [
+    'Unet', 'UnetPlusPlus', 'Linknet', 'FPN', 'PSPNet', 'MAnet', 'UPerNet', 'Segformer', 'DeepLabV3Plus'])
 def test_smp(arch):
     smp = library('segmentation_models_pytorch')
     model = smp.create_model(arch, encoder_name='tu-gunn18', encoder_weights=None, classes=4, **SMALL['gunn18'])
@@ -54,29 +53,6 @@ def test_smp(arch):
     y = model(x)
     assert y.shape == (2, 4, 64, 96)
     assert_trains(model.encoder, y.square().mean())
-
-
-@pytest.mark.parametrize('name', IMAGENET)
-@pytest.mark.parametrize('output_stride', [8, 16])
-def test_smp_output_stride(name, output_stride):
-    smp = library('segmentation_models_pytorch')
-    with torch.device('meta'):
-        model = smp.DeepLabV3Plus(f'tu-{name}', encoder_weights=None, encoder_output_stride=output_stride, classes=4)
-        assert model(torch.randn(2, 3, 64, 96)).shape == (2, 4, 64, 96)
-        strided = timm.create_model(name, features_only=True)
-    assert model.encoder.model.feature_info.reduction()[-1] == output_stride
-    state = model.encoder.model.state_dict()
-    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in strided.state_dict().items()}
-
-
-@pytest.mark.parametrize('name', CIFAR)
-def test_smp_cifar_networks(name):
-    """Three maps, of strides 1, 2 and 4: depth 2."""
-    smp = library('segmentation_models_pytorch')
-    with torch.device('meta'):
-        model = smp.Unet(
-            f'tu-{name}', encoder_depth=2, encoder_weights=None, decoder_channels=(64, 32), classes=4)
-        assert model(torch.randn(2, 3, 32, 64)).shape == (2, 4, 32, 64)
 
 
 def test_smp_weights(tmp_path):
@@ -87,6 +63,7 @@ def test_smp_weights(tmp_path):
     model = smp.Unet('tu-gunn15', encoder_weights=True, encoder_depth=2, decoder_channels=(64, 32))
     weights = timm.create_model('gunn15', pretrained=True).stage3.layer.bottlenecks[0].conv1.conv.weight
     assert torch.equal(model.encoder.model.stage3.layer.bottlenecks[0].conv1.conv.weight, weights)
+    assert model(torch.randn(2, 3, 32, 64)).shape == (2, 1, 32, 64)
     source = randomised('gunn18')
     torch.save(dict(state_dict=source.state_dict()), tmp_path / 'last.pth.tar')
     model = smp.Unet(
@@ -104,8 +81,7 @@ def test_segment(tmp_path, capsys, monkeypatch):
     segment.main([
         '--models', 'gunn18.tiny_in', 'resnet18', '--archs', 'Unet', '--steps', '2', '--batch-size', '2',
         '--size', '64', '--train-scenes', '4', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
-    with open(tmp_path / 'results.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(tmp_path / 'results.csv')
     assert [row['backbone'] for row in rows] == ['gunn18.tiny_in', 'resnet18']
     stem = segment.build('Unet', 'gunn18.tiny_in').encoder.model.stem.conv.weight
     assert torch.equal(stem, timm.create_model('gunn18', pretrained=True).stem.conv.weight)
@@ -129,8 +105,7 @@ def test_segment(tmp_path, capsys, monkeypatch):
 
 def stated(example):
     """Rows of the runs whose tables examples/README.md has."""
-    with open(EXAMPLES / 'results' / f'{example}.csv', newline='') as f:
-        return list(csv.DictReader(f))
+    return read_csv(EXAMPLES / 'results' / f'{example}.csv')
 
 
 @pytest.mark.parametrize(('example', 'columns'), [
@@ -165,8 +140,7 @@ def test_stated_results(example, tmp_path):
     dict(segment=segment, detect=detect)[example].main(
         ['--models', row['backbone'], *what, '--steps', row['steps'], '--size', row['size'], '--seed', row['seed'],
          '--device', 'cpu', '--output', str(tmp_path)])
-    with open(tmp_path / 'results.csv', newline='') as f:
-        assert float(next(csv.DictReader(f))[metric]) >= float(row[metric]) - 5
+    assert float(read_csv(tmp_path / 'results.csv')[0][metric]) >= float(row[metric]) - 5
 
 
 def test_intersection_over_union():
@@ -270,8 +244,7 @@ def test_detect(tmp_path, capsys, monkeypatch):
     detect.main([
         '--models', 'gunn18', 'resnet18', '--detectors', 'retinanet', '--pretrain-steps', '1', '--size', '64',
         '--train-scenes', '8', '--held-out', '1', '--device', 'cpu', '--output', str(tmp_path)])
-    with open(tmp_path / 'results.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(tmp_path / 'results.csv')
     assert [row['backbone'] for row in rows] == ['gunn18', 'resnet18']
     assert {row['steps'] for row in rows} == {'2'}
     held_out = drawn_scenes.make_scenes(1, 64, held_out=True)
@@ -335,8 +308,7 @@ def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
     options = ['--models', 'resnet18', '--detectors', 'faster_rcnn', '--pretrain-steps', '1', '--steps', '1', '--size',
                '64', '--device', 'cpu', '--output', str(tmp_path / 'out'), '--tiny-imagenet', str(tiny_imagenet)]
     detect.main(options)
-    with open(tmp_path / 'out' / 'results.csv', newline='') as f:
-        row, = csv.DictReader(f)
+    row, = read_csv(tmp_path / 'out' / 'results.csv')
     assert row['data'] == 'Tiny ImageNet'
     assert (tmp_path / 'out' / 'faster_rcnn.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(SystemExit, match='got 5 and 2'):
@@ -353,51 +325,15 @@ def test_detect_on_tiny_imagenet(tiny_imagenet, tmp_path, capsys):
 
 # --- transformers ---
 
-@pytest.mark.parametrize('name', MODELS)
-def test_detr_frozen_norms(name, caplog):
-    """DETR's own class in place of every BatchNorm: in train mode, for one image, what eval mode gives."""
-    library('transformers')
-    from transformers.models.detr.modeling_detr import replace_batch_norm
-    model = randomise(small(name))
-    x = torch.randn(1, 3, 64, 96)
-    expected = model.eval()(x)
-    with torch.no_grad():
-        replace_batch_norm(model)
-    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    with caplog.at_level(logging.DEBUG, 'timm_gunn.layer'):
-        y = model.train()(x)
-    # The log of layers that are not fused; SUNN's have no order.
-    assert ('DetrFrozenBatchNorm2d' in caplog.text) == (not name.startswith('sunn'))
-    assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert_trains(model, y.square().mean())
-
-
-def test_detr():
-    library('transformers')
-    from transformers_backbone import detr
-    torch.manual_seed(0)
-    source = timm.create_model('gunn18', features_only=True, out_indices=(4,))
-    model = detr(source, 4, encoder_layers=1, decoder_layers=1, num_queries=5, d_model=32, encoder_ffn_dim=32,
-                 decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2)
-    assert {type(m).__name__ for m in model.model.backbone.modules() if 'Norm2d' in type(m).__name__} == {
-        'DetrFrozenBatchNorm2d'}
-    state = model.state_dict()
-    for k, v in source.state_dict().items():
-        assert 'tracked' in k or any(torch.equal(v, state[n]) for n in state if n.endswith(k)), k
-    target = dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
-    loss = model.train()(torch.randn(2, 3, 64, 96), labels=[target, target]).loss
-    assert_trains(model.model.backbone, loss)
-
-
 @pytest.mark.parametrize('kind', ['Detr', 'ConditionalDetr', 'DeformableDetr'])
-@pytest.mark.parametrize('name', ['resnet50', 'gunn18'])
-def test_detr_from_scratch(name, kind):
-    """With every norm at 0 and 1, and frozen: a loss and gradients that are finite."""
+def test_detr(kind):
+    """From scratch, with every norm at 0 and 1, and frozen: a loss and gradients that are finite; then restored."""
     transformers = library('transformers')
+    from transformers_backbone import restore
     sizes = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=2,
                  encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5, num_labels=4)
     maps = (2, 3, 4) if kind == 'DeformableDetr' else (4,)
-    backbone = transformers.TimmBackboneConfig(backbone=name, out_indices=maps, use_pretrained_backbone=False)
+    backbone = transformers.TimmBackboneConfig(backbone='gunn18', out_indices=maps, use_pretrained_backbone=False)
     if kind == 'DeformableDetr':
         sizes['num_feature_levels'] = len(maps)
     torch.manual_seed(0)
@@ -409,6 +345,10 @@ def test_detr_from_scratch(name, kind):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) > 50
     assert all(g.isfinite().all() for g in grads)
+    source = randomised('gunn18', features_only=True, out_indices=maps)
+    state = restore(model, source).state_dict()
+    for k, v in source.state_dict().items():
+        assert 'tracked' in k or any(torch.equal(v, state[n]) for n in state if n.endswith(k)), k
 
 
 def test_upernet(tmp_path):
@@ -427,25 +367,11 @@ def test_upernet(tmp_path):
     assert_trains(model.backbone, model.train()(x, labels=torch.randint(0, 4, (2, 64, 96))).loss)
 
 
-def test_statistics_that_are_reset():
-    """Once this fails, `restore` has had its day."""
+def test_restore_of_no_backbone():
     library('transformers')
-    from transformers import TimmBackbone, TimmBackboneConfig
     from transformers_backbone import restore
-    backbone = TimmBackbone(TimmBackboneConfig(backbone='gunn15'), pretrained=True)
-    assert {v.item() for k, v in backbone.state_dict().items() if k.endswith('stage1.bn.running_var') for v in v} == {1}
     with pytest.raises(ValueError, match='with one FeatureListNet of timm in it, got 0'):
-        restore(torch.nn.Linear(1, 1), backbone)
-
-
-@pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='older timm states num_classes once')
-def test_num_classes_stated_twice(tmp_path):
-    """Once this fails, what `export` does has had its day."""
-    library('transformers')
-    from transformers import TimmWrapperForImageClassification
-    timm.models.save_for_hf(timm.create_model('resnet18', num_classes=4), tmp_path, safe_serialization=True)
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_classes'"):
-        TimmWrapperForImageClassification.from_pretrained(tmp_path)
+        restore(torch.nn.Linear(1, 1), timm.create_model('gunn15', features_only=True))
 
 
 def test_transformers_backbone(tmp_path, capsys):
@@ -584,30 +510,16 @@ def test_finetune_from_a_checkpoint(folder, monkeypatch, classes, mixup):
     assert all((share < 1) == (mixup != '0') for share, _ in mixed)
 
 
-@pytest.mark.parametrize(('name', 'weights'), [('gunn18', 'a checkpoint'), ('gunn18', 'pretrained'), ('sunn18', None)])
-def test_finetune_large_networks(folder, monkeypatch, name, weights):
-    """Ten layers from stem to classifier for the decay; the rates of a network without weights are all the same."""
-    source = timm.create_model(name, pretrained=weights == 'pretrained')
-    torch.save(dict(state_dict=source.state_dict()), folder / 'last.pth.tar')
-    checkpoint = ['--checkpoint', str(folder / 'last.pth.tar')] if weights == 'a checkpoint' else []
-    seen = finetuned(
-        folder, monkeypatch, '--model', name, '--img-size', '32', '--epochs', '1', '--batch-size', '16', '--output',
-        str(folder / 'weights.safetensors'), *checkpoint)
-    scales = {}
-    names = {id(p): name for name, p in seen['model'].named_parameters()}
-    for group in seen['optimizer'].param_groups:
-        scales.update({names[id(p)]: group.get('lr_scale', 1) for p in group['params']})
-    assert scales.keys() == set(names.values())
-    if not weights:
-        assert set(scales.values()) == {1}
-        return
-    state = source.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in seen['before'].items() if not k.startswith('head'))
-    ends = {'stem': 0, 'head': 9}  # a stage is two layers: its transition and its GUNN layer
-    for name, scale in scales.items():
-        place, part = name.split('.')[:2]
-        depth = ends[place] if place in ends else 2 * int(place[-1]) - 1 + (part == 'layer')
-        assert scale == pytest.approx(0.75 ** (9 - depth)), name
+@pytest.mark.parametrize('name', ['gunn18', 'sunn18'])
+def test_finetune_large_networks(folder, monkeypatch, name):
+    """From weights of another tag than the default; the rates of a network without any are all the same."""
+    seen = finetuned(folder, monkeypatch, '--model', name, '--img-size', '32', '--epochs', '1', '--batch-size', '16',
+                     '--output', str(folder / 'weights.safetensors'))
+    scales = {group.get('lr_scale', 1) for group in seen['optimizer'].param_groups}
+    assert len(scales) == (10 if name == 'gunn18' else 1)
+    if name == 'gunn18':
+        state = timm.create_model(name, pretrained=True).state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in seen['before'].items() if not k.startswith('head'))
 
 
 def test_finetune_says_what_is_wrong(folder, capsys):

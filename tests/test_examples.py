@@ -1,5 +1,4 @@
 """The examples run, briefly: in this process, but for what is about processes."""
-import csv
 import itertools
 import multiprocessing
 import os
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -23,17 +23,13 @@ import results_table
 import timm
 import torch
 import train_cifar
+from common import read_csv
 from tiny_imagenet import arrange
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gunn import GunnLayer
 
 ROOT = Path(__file__).parent.parent
-
-
-def rows(path):
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
 
 
 def test_quickstart(tmp_path, monkeypatch, capsys):
@@ -102,8 +98,8 @@ def test_benchmark(tmp_path, forked, capsys):
     options = ['--bench', 'train', *SMALL_STEP, '--csv', str(path), '--plots', str(tmp_path)]
     for models in (['gunn15', 'gunn15:composite', 'gunn15:products'], ['gunn15:library', 'gunn15:folded']):
         assert benchmark.bench_models(benchmark.parse_args([*options, '--models', *models])) == []
-    fused, composite, products, library = rows(path)
-    assert [row['model'] for row in rows(path)] == ['gunn15', 'gunn15:composite', 'gunn15:products', 'gunn15:library']
+    rows = fused, composite, products, library = read_csv(path)
+    assert [row['model'] for row in rows] == ['gunn15', 'gunn15:composite', 'gunn15:products', 'gunn15:library']
     assert float(fused['saved_mib_per_image']) < float(composite['saved_mib_per_image'])
     assert fused['gmacs'] == composite['gmacs'] == library['gmacs']
     assert float(composite['ratio']) == 1
@@ -112,7 +108,7 @@ def test_benchmark(tmp_path, forked, capsys):
     assert float(fused['peak_mib']) > 0
     assert products['saved_mib_per_image'] == products['peak_mib'] == ''
     table = re.findall(r'^\| `(\S+)` \| \S+ \(\S+ to \S+\) \|', capsys.readouterr().out, re.M)
-    assert table == [row['model'] for row in rows(path)]
+    assert table == [row['model'] for row in read_csv(path)]
     assert (tmp_path / 'throughput_memory.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -122,8 +118,8 @@ def test_benchmark_of_layers(tmp_path, forked, capsys):
     failed = benchmark.bench_sweep(benchmark.parse_args([
         '--sweep', '12x4', '8x2', '--segments', '2', '3', *SMALL_STEP, '--csv', str(path), '--plots', str(tmp_path)]))
     assert failed == ['3 segments of 8x2']
-    assert [(row['channels'], row['segments']) for row in rows(path)] == [('12', '2'), ('12', '3'), ('8', '2')]
-    assert all(float(row['gunn_seconds']) > 0 for row in rows(path))
+    assert [(row['channels'], row['segments']) for row in read_csv(path)] == [('12', '2'), ('12', '3'), ('8', '2')]
+    assert all(float(row['gunn_seconds']) > 0 for row in read_csv(path))
     assert 'channels divisible by segments' in capsys.readouterr().out
     assert (tmp_path / 'time_segments.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(SystemExit):
@@ -137,7 +133,7 @@ def test_benchmark_goes_on_without_what_fails(tmp_path, forked, capsys):
         '--models', *models, '--bench', 'inference', *SMALL_STEP, '--csv', str(tmp_path / 'rows.csv')]))
     assert failed == models[:1]
     assert 'benchmark: vit_tiny_patch16_224: AssertionError: ' in capsys.readouterr().out
-    assert [(row['model'], row['ratio']) for row in rows(tmp_path / 'rows.csv')] == [('sunn15', '1.0')]
+    assert [(row['model'], row['ratio']) for row in read_csv(tmp_path / 'rows.csv')] == [('sunn15', '1.0')]
 
 
 class Variant:
@@ -238,7 +234,7 @@ def test_gpu(tmp_path, capsys):
         '--train-command', 'sh -c "echo no data; exit 3"'])
     assert {p.name for p in output.iterdir()} == {'train.txt', 'speed.txt', 'results.csv'}
     assert 'no data\n== exit 3' in (output / 'train.txt').read_text()
-    assert [(row['bench'], row['model']) for row in rows(output / 'results.csv')] == [('inference', 'gunn15')]
+    assert [(row['bench'], row['model']) for row in read_csv(output / 'results.csv')] == [('inference', 'gunn15')]
     table = capsys.readouterr().out.split('outcome of its commands')[1]
     assert re.findall(r'^\| (\w+) \| \d+ \| ([^|]*) \|', table, re.M) == [('train', 'exit 3'), ('speed', 'ok')]
     assert len(re.findall(r'^\| inference \| gunn15 \|', table, re.M)) == 1
@@ -247,15 +243,12 @@ def test_gpu(tmp_path, capsys):
 @pytest.mark.parametrize('options', [[], ['--tiny', '--device', 'cpu']], ids=str)
 def test_commands_of_gpu(tmp_path, options):
     """What they run is there, and takes their options."""
-    benchmarks = 0
     for commands in gpu.commands(gpu.parse_args(['--output', str(tmp_path), *options])).values():
         for command in filter(None, commands):
             if command[1].endswith('benchmark.py'):
                 benchmark.parse_args(command[2:])
-                benchmarks += 1
             else:
                 assert all(Path(word).exists() for word in command if word.endswith('.py'))
-    assert benchmarks == (3 if options else 9)
 
 
 def test_the_count_of_saved_bytes_keeps_no_graph():
@@ -372,9 +365,8 @@ esac
     assert ('--amp-dtype', 'bfloat16') in itertools.pairwise(commands[-1])
     commands, _ = reproduce(DTYPE='float32')
     assert not any('--amp' in c for c in commands)
-    assert [Path(c[0]).name for c in commands] == [
-        'train.py', 'record_result.py', 'train_cifar.py', *['train.py', 'record_result.py'] * 6,
-        *[*['train.py', 'record_result.py'] * 4, 'segment.py'] * 3, *['train_cifar.py'] * 3]
+    assert Counter(Path(c[0]).name for c in commands) == {
+        'train.py': 19, 'record_result.py': 19, 'train_cifar.py': 4, 'segment.py': 3}
     checkpoint = tmp_path / 'out' / 'gunn18-tiny-imagenet-3-0' / 'last.pth.tar'
     assert commands[0][commands[0].index('--resume') + 1] == str(checkpoint)
     trained = [dict(itertools.pairwise(c)) for c in commands if c[0].endswith('train.py')]

@@ -281,21 +281,16 @@ def test_dilated_bfloat16():
         assert f <= 2 * c + 1e-9, f'{name}: error {f:.3g}, composite {c:.3g}'
 
 
-@pytest.mark.parametrize('memory_format', FORMATS)
-def test_gradient_of_the_input_has_its_memory_format(memory_format):
-    x = torch.randn(2, 12, 5, 4).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
-    grad, = torch.autograd.grad(make_layer(12, 3)(x).sum(), x)
-    assert grad.is_contiguous(memory_format=FORMATS[memory_format])
-
-
-@pytest.mark.parametrize('fmt', FORMATS)
-def test_gradients_have_the_strides_of_their_parameters(fmt):
-    layer = make_layer(12, 3).to(memory_format=FORMATS[fmt])
-    params = dict(layer.named_parameters())
+@pytest.mark.parametrize('of_weights', FORMATS)
+@pytest.mark.parametrize('of_input', FORMATS)
+def test_gradients_have_the_strides_of_their_tensors(of_input, of_weights):
+    layer = make_layer(12, 3).to(memory_format=FORMATS[of_weights])
+    x = torch.randn(2, 12, 5, 4).contiguous(memory_format=FORMATS[of_input]).requires_grad_()
+    tensors = {'x': x, **dict(layer.named_parameters())}
     # As the operator gives them: .grad would have these strides whatever it gave.
-    grads = torch.autograd.grad(layer(torch.randn(2, 12, 5, 4)).sum(), list(params.values()))
-    for (name, p), grad in zip(params.items(), grads, strict=True):
-        assert grad.stride() == p.stride(), name
+    grads = torch.autograd.grad(layer(x).sum(), list(tensors.values()))
+    for (name, t), grad in zip(tensors.items(), grads, strict=True):
+        assert grad.stride() == t.stride(), name
 
 
 def test_fifty_steps_of_training():
@@ -573,6 +568,7 @@ CHANGES = {
     'backward hook': act(lambda m: m.register_full_backward_hook(lambda m, grads, _: (2 * grads[0],))),
     'backward pre-hook': act(lambda m: m.register_full_backward_pre_hook(double)),
     'another forward': act(lambda m: setattr(m, 'forward', lambda x: x.relu() / 2)),
+    'another call': act(lambda m: setattr(m, '_call_impl', lambda x: x.relu() / 2)),
     'subclass': lambda layer: setattr(layer.bottlenecks[1], 'act1', HalfReLU()),
     'dilation of one': change_convs(CONV2[1], dilation=(2, 2), padding=(2, 2)),
     'dilation of the first': change_convs(CONV2[0], dilation=(2, 2), padding=(2, 2)),

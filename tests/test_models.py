@@ -44,6 +44,8 @@ def test_pretrained_configs(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.license, cfg.paper_ids) == ('apache-2.0', 'arXiv:1711.09280')
     assert cfg.origin_url == 'https://github.com/joe-siyuan-qiao/GUNN'
+    assert not cfg.url
+    assert not cfg.hf_hub_id or re.fullmatch(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}', cfg.hf_hub_id)  # pinned
     size, classes, mean, std = {
         'c10': (32, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
         'c100': (32, 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
@@ -97,7 +99,7 @@ def test_no_weights_yet(name, features_only):
         timm.create_model(name, pretrained=True, features_only=features_only)
 
 
-@pytest.mark.parametrize('name', known_weights())
+@pytest.mark.parametrize('name', [name for name in known_weights() if timm.get_pretrained_cfg(name).file])
 def test_shipped_weights(name, monkeypatch):
     """They load strictly and without a network, under the full name and the short one where the tag is the default."""
     def no_network(*args, **kwargs):
@@ -116,17 +118,6 @@ def test_shipped_weights(name, monkeypatch):
             assert_close(t, state[key].to(t.dtype), rtol=0, atol=0)
     assert all(t.isfinite().all() for t in state.values())
     assert {t.dtype for t in state.values() if t.ndim > 1} == {torch.float16}
-
-    image = torch.randn(2, 3, *cfg.input_size[1:])
-    model.eval()
-    features = model.forward_features(image)
-    other = timm.create_model(name, pretrained=True, num_classes=7).eval()
-    assert other(image).shape == (2, 7)
-    assert_close(other.forward_features(image), features, rtol=0, atol=0)
-    grey = timm.create_model(name, pretrained=True, in_chans=1).eval()
-    assert_close(grey(image[:, :1]), model(image[:, :1].expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
-    maps = timm.create_model(name, pretrained=True, features_only=True).eval()(image)
-    assert_close(maps, model.forward_intermediates(image, intermediates_only=True), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(('kwargs', 'error', 'message'), [
@@ -149,13 +140,6 @@ def test_features_of_other_numbers_of_stages(layout, stages, reductions):
         'gunn18', layout=layout, channels=(12,) * stages, segments=(3,) * stages, output_stride=32, features_only=True)
     maps = model(torch.randn(2, 3, 128, 128))
     assert [128 // m.shape[-1] for m in maps] == model.feature_info.reduction() == reductions
-
-
-def test_checkpoint_of_another_variant(tmp_path):
-    path = tmp_path / 'gunn15.pth'
-    torch.save({'state_dict': timm.create_model('gunn15').state_dict()}, path)
-    with pytest.raises(RuntimeError, match=r'(?s)size mismatch.*720.*240|size mismatch.*240.*720'):
-        timm.create_model('gunn24', checkpoint_path=str(path))
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -299,12 +283,11 @@ def test_init_weights_after_meta(name, context):
     assert torch.isfinite(model.eval()(torch.randn(1, 3, 64, 64, dtype=torch.float64))).all()
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'gunn15'])
-def test_assigned_float16_weights(name):
+def test_assigned_float16_weights():
     """They keep their dtype, as torch says; then float() makes a network that runs."""
-    source = (randomise(small(name)) if name in SMALL else timm.create_model(name)).eval()
+    source = randomise(small('gunn15')).eval()
     state = {k: v.half() if v.ndim > 1 else v for k, v in source.state_dict().items()}  # as in the published files
-    model = (small if name in SMALL else timm.create_model)(name, device='meta').eval()
+    model = small('gunn15', device='meta').eval()
     model.load_state_dict(state, assign=True)
     source.load_state_dict(state)
     x = torch.randn(1, 3, 32, 32)
@@ -313,16 +296,14 @@ def test_assigned_float16_weights(name):
 
 # --- Feature maps ---
 
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
 @pytest.mark.parametrize('name', MODELS)
-def test_feature_info(name):
-    model = timm.create_model(name, device='meta', features_only=True)
-    names = model.feature_info.module_name()
-    if name in IMAGENET:
-        assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
-        assert names == ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
-    else:
-        assert model.feature_info.reduction() == [1, 2, 4]
-        assert names == ['stage1', 'stage2', 'stage3']
+def test_feature_info(name, output_stride):
+    """Of the CIFAR networks, too, whose maps any output stride allows."""
+    info = timm.create_model(name, device='meta', features_only=True, output_stride=output_stride).feature_info
+    imagenet = name in IMAGENET
+    assert info.reduction() == ([min(r, output_stride) for r in (2, 4, 8, 16, 32)] if imagenet else [1, 2, 4])
+    assert info.module_name() == ['stem'] * imagenet + [f'stage{i}' for i in range(1, 4 + imagenet)]
 
 
 @pytest.mark.parametrize('size', [(64, 96), (33, 50), (17, 33), (1, 1), (2, 3)], ids=str)
@@ -345,6 +326,16 @@ def test_out_indices(out_indices):
     assert_close(model(x), expected)
 
 
+def test_maps_of_a_pruned_network():
+    """What is left counts: the last map is the last of it, and one beyond is an error."""
+    model, x = small('gunn18').eval(), torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, [1], intermediates_only=True)
+    model.prune_intermediate_layers([0, 1])
+    assert_close(model.forward_intermediates(x, 1, intermediates_only=True), expected, rtol=0, atol=0)
+    with pytest.raises(AssertionError, match='out of range'):
+        model.forward_intermediates(x, [4])
+
+
 @pytest.mark.parametrize('size', [(128, 192), (48, 75), (80, 33)], ids=str)
 @pytest.mark.parametrize('output_stride', [8, 16])
 @pytest.mark.parametrize('name', IMAGENET)
@@ -353,20 +344,11 @@ def test_dilated_network_contains_the_strided_one(name, output_stride, size):
     strided = randomise(small(name, features_only=True, dtype=torch.float64)).eval()
     dilated = small(name, features_only=True, dtype=torch.float64, output_stride=output_stride).eval()
     dilated.load_state_dict(strided.state_dict(), strict=True)
-    reduction = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
-    assert dilated.feature_info.reduction() == reduction
     x = torch.randn(1, 3, *size, dtype=torch.float64)
     for y, z, r in zip(strided(x), dilated(x), (2, 4, 8, 16, 32), strict=True):
         step = max(r // output_stride, 1)
         assert z.shape[-2:] == tuple(math.ceil(s / (r // step)) for s in size)
         assert_close(z[..., ::step, ::step], y)
-
-
-@pytest.mark.parametrize('output_stride', [8, 16, 32])
-@pytest.mark.parametrize('name', CIFAR)
-def test_output_stride_of_cifar_networks_is_a_bound(name, output_stride):
-    model = small(name, features_only=True, output_stride=output_stride)
-    assert model.feature_info.reduction() == [1, 2, 4]
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -382,40 +364,33 @@ def test_features_are_the_children_in_order(name):
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'resnet18'])
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
 def test_what_users_attach_is_not_run(name):
     """Nor does it matter when a stage was set. As of any network of timm; scripted, too."""
-    model = (small(name) if name in SMALL else timm.create_model(name)).eval()
-    x = torch.randn(1, 3, 64, 64)
+    model, x = small(name).eval(), torch.randn(1, 3, 64, 64)
     expected = model(x), model.forward_intermediates(x)
-    stage = 'layer2' if name == 'resnet18' else 'stage2'
-    again = getattr(model, stage)
-    delattr(model, stage)
+    again = model.stage2
+    del model.stage2
     model.age, model.act = nn.Linear(model.num_features, 1), nn.Sigmoid()
     model.losses = nn.ModuleDict(dict(kd=nn.KLDivLoss(), ce=nn.CrossEntropyLoss()))
-    setattr(model, stage, again)
+    model.stage2 = again
     assert_close((model(x), model.forward_intermediates(x)), expected, rtol=0, atol=0)
     del model.age, model.losses
     assert_close(torch.jit.script(model)(x), expected[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['gunn15', 'resnet18'])
-def test_stages_are_what_their_names_say(name):
+def test_stages_are_what_their_names_say():
     """Also where one has another name, too, or stands in two places, or is gone."""
-    if name == 'resnet18':
-        model, stage = timm.create_model(name).eval(), 'layer1'
-        model.layer0, model.maxpool = model.layer1, nn.Sequential(model.maxpool, model.layer1)
-    else:
-        model, stage = small(name, channels=(12,) * 3, segments=(3,) * 3).eval(), 'stage2'
-        model.stage3 = model.stage2
-    calls, module, x = [], getattr(model, stage), torch.randn(1, 3, 64, 64)
+    model = small('gunn15', channels=(12,) * 3, segments=(3,) * 3).eval()
+    model.stage3 = model.stage2
+    calls, stage, x = [], model.stage2, torch.randn(1, 3, 64, 64)
     expected = model(x)
-    module.register_forward_hook(lambda *_: calls.append(1))
-    model.kept = module
-    delattr(model, stage)
-    with pytest.raises(AttributeError, match=stage):
+    stage.register_forward_hook(lambda *_: calls.append(1))
+    model.kept = stage
+    del model.stage2
+    with pytest.raises(AttributeError, match='stage2'):
         model(x)
-    setattr(model, stage, module)
+    model.stage2 = stage
     calls.clear()
     assert_close(model(x), expected, rtol=0, atol=0)
     assert len(calls) == 2
@@ -514,7 +489,7 @@ def test_converted_networks(name, convert):
 
 @pytest.mark.parametrize('name', SMALL)
 def test_freezing_the_first_stages(name):
-    """By timm's helper: nothing in them changes in a step of training, all else does, and it can be taken back."""
+    """By timm's helper: nothing in them changes in a step of training, and all else does."""
     model = randomise(small(name)).train()
     timm.utils.freeze(model, ['stem', 'stage1'])
     before = copy.deepcopy(model.state_dict())
@@ -527,12 +502,6 @@ def test_freezing_the_first_stages(name):
     # But for biases before another norm, whose gradients are rounding, everything else is trained.
     assert {k for k in same if not k.endswith('bn.bias')} == {k for k in frozen if not k.endswith('bn.bias')}
     assert same >= frozen
-    timm.utils.unfreeze(model, ['stem', 'stage1'])
-    state = model.state_dict()
-    assert all(torch.equal(before[k], state[k]) for k in frozen)
-    grads, _ = train_step(model, torch.randn(2, 3, 64, 64))
-    assert all(g is not None for g in grads.values())
-    assert not torch.equal(model.state_dict()['stage1.bn.running_mean'], before['stage1.bn.running_mean'])
 
 
 def test_drop_path_rises_with_depth():
@@ -564,23 +533,14 @@ def test_pure_bfloat16_channels_last(name):
 
 @pytest.mark.parametrize('name', SMALL)
 def test_copies(name):
-    model = randomise(small(name)).eval()
-    x = torch.randn(1, 3, 32, 32)
-    ema = timm.utils.ModelEmaV3(model)
-    ema.update(model)
+    model, x = randomise(small(name)).eval(), torch.randn(1, 3, 32, 32)
     buffer = io.BytesIO()
     torch.save(model, buffer)  # the network as an object, that is pickled
     buffer.seek(0)
     with torch.serialization.safe_globals([*{type(m) for m in model.modules()}]):
         loaded = torch.load(buffer, weights_only=True)
-    for copied in (copy.deepcopy(model), ema.module, loaded):
+    for copied in (copy.deepcopy(model), loaded):
         assert_close(copied(x), model(x), rtol=0, atol=0)
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    buffer.seek(0)
-    fresh = timm.create_model(name, **SMALL[name]).eval()
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    assert_close(fresh(x), model(x), rtol=0, atol=0)
 
 
 # --- Compilers and exporters ---

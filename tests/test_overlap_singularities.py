@@ -1,8 +1,7 @@
 """Section 4 of the paper: what a collapsed pair of neurons does under gradient descent."""
-import csv
-
 import pytest
 import torch
+from common import read_csv
 from overlap_singularities import (
     CASES,
     RELU_CASES,
@@ -169,8 +168,7 @@ def test_script(tmp_path, capsys):
     assert header == '| network | step 0 | step 1 | step 2 | loss at the end |'
     assert [line.split(' | ')[0] for line in body] == [
         f'| {kind}, {name}' for kind, cases in (('linear', CASES), ('ReLU', RELU_CASES)) for name in cases]
-    with open(tmp_path / 'overlap_singularities.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(tmp_path / 'overlap_singularities.csv')
     assert len(rows) == 3 * len(body)
     assert all(float(r['distance_min']) <= float(r['distance']) <= float(r['distance_max']) for r in rows)
     assert (tmp_path / 'overlap_singularities.png').read_bytes().startswith(b'\x89PNG')

@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 
+import timm_gunn
 from timm_gunn.verify import known_weights
 
 ROOT = Path(__file__).parent.parent
@@ -152,11 +154,11 @@ def test_weights_travel_in_the_wheel(wheel_env):
         import json, pathlib, timm, timm_gunn.verify
         known = sorted(timm_gunn.verify.known_weights())
         assert timm.list_models(module="gunn", pretrained=True, include_tags=True) == known
-        for name in known:
-            file = timm.get_pretrained_cfg(name).file
-            assert file is None or pathlib.Path(file).parent == pathlib.Path(timm_gunn.__file__).parent / "weights"
-        assert timm_gunn.verify.main([]) == 0''', HF_HUB_OFFLINE='1')
-    assert result.stdout.count(': ok, ') == len(known_weights())
+        files = {name: timm.get_pretrained_cfg(name).file for name in known}
+        files = {name: pathlib.Path(file) for name, file in files.items() if file}  # others are on the Hub
+        assert {file.parent for file in files.values()} == {pathlib.Path(timm_gunn.__file__).parent / "weights"}
+        assert timm_gunn.verify.main(list(files)) == 0''', HF_HUB_OFFLINE='1')
+    assert result.stdout.count(': ok, ') == sum(bool(timm.get_pretrained_cfg(n).file) for n in known_weights())
 
 
 def test_torch_alone_gets_nothing_but_the_hook(wheel_env):
@@ -260,39 +262,6 @@ def test_loaders_that_cannot_be_followed(wheel_env, fake, loader):
     assert result.stderr.count('RuntimeWarning: timm-gunn c') == 1
 
 
-def test_spawned_loader_workers_unpickle_a_model(wheel_env, fake):
-    env = fake('spawning.py', '''
-        import timm, torch
-
-        class Features(torch.utils.data.Dataset):
-            def __init__(self):
-                self.model = timm.create_model("gunn15", channels=(4, 4, 4), segments=(2, 2, 2)).eval()
-
-            def __len__(self):
-                return 4
-
-            def __getitem__(self, i):
-                with torch.no_grad():
-                    return self.model(torch.full((1, 3, 8, 8), float(i)))[0]
-
-        if __name__ == "__main__":
-            data = Features()
-            loader = torch.utils.data.DataLoader(data, 2, num_workers=1, multiprocessing_context="spawn")
-            assert torch.allclose(torch.cat(list(loader)), torch.stack([data[i] for i in range(4)]), atol=1e-5)
-            print("same")''')
-    result = wheel_env('import runpy; runpy.run_module("spawning", run_name="__main__", alter_sys=True)', **env)
-    assert result.stdout.strip() == 'same'
-
-
-def test_a_process_of_torch_distributed_run(wheel_env, tmp_path):
-    script = tmp_path / 'worker.py'
-    script.write_text('import timm; print(timm.create_model("gunn15", device="meta").num_features)')
-    result = subprocess.run(
-        [wheel_env.python, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=1', str(script)],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.stdout.split() == ['360'], result.stderr
-
-
 def test_installs_and_uninstalls(source, tmp_path):
     env = Environment(tmp_path / 'venv')
     assert env.traces() == []
@@ -315,7 +284,7 @@ def test_installs_and_uninstalls(source, tmp_path):
 
     # The same of a wheel.
     env.install(str(source))
-    assert set(env.traces()) == {'timm_gunn', '_timm_gunn_autoload.py', 'timm_gunn-0.1.0.dist-info'}
+    assert set(env.traces()) == {'timm_gunn', '_timm_gunn_autoload.py', f'timm_gunn-{timm_gunn.__version__}.dist-info'}
     assert (env.site / 'timm_gunn' / 'py.typed').exists()
     assert not (env.site / 'timm_gunn' / '_autoload.py').exists()
     env.pip('uninstall', '--yes', 'timm-gunn')

@@ -105,13 +105,6 @@ for _name, _test in list(vars(_timm_tests).items()):
         globals()[_name] = _test if _name in WHOLE else _with_narrow_models(_test)
 
 
-MISSING = [name for name in LITERAL if not hasattr(_timm_tests, name)]
-if MISSING:
-    @pytest.mark.parametrize('name', MISSING)
-    def test_not_in_this_version_of_timm(name):
-        pytest.skip(f'{name} is not among the tests of timm {timm.__version__}')
-
-
 if hasattr(_timm_tests, 'test_model_features_output_stride'):  # not in older versions
     # It asserts a largest reduction of output_stride, which the CIFAR networks (4) never reach.
     @pytest.mark.parametrize('output_stride', [8, 16])

@@ -1,6 +1,5 @@
 """The CIFAR trainer: schedules, augmentation, data, exact resumption, what it writes and what it says is wrong."""
 import argparse
-import csv
 import hashlib
 import itertools
 import math
@@ -22,6 +21,7 @@ import train_cifar
 from cifar_data import augment, load_data, normalise
 from cifar_options import parse_args
 from cifar_results import ensemble
+from common import read_csv
 from images import image_folder
 from PIL import Image
 from torch.testing import assert_close
@@ -53,11 +53,6 @@ def main(images, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().out
 
     return call
-
-
-def rows(path):
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
 
 
 def small_run(images, tmp_path, *options, seed=0):
@@ -254,14 +249,14 @@ def test_two_steps_and_what_they_leave(images, tmp_path, main, monkeypatch):
         '--model', 'sunn15', '--epochs', '1', '--schedule', 'onecycle', '--dtype', 'bfloat16', '--ema', '0.5',
         '--dataset-name', 'noise', '--results', str(results), '--model-kwargs', 'drop_rate=0.1']
     main(*options)
-    metrics, = rows(tmp_path / 'out' / 'metrics.csv')
+    metrics, = read_csv(tmp_path / 'out' / 'metrics.csv')
     assert list(metrics) == ['epoch', 'lr', 'train_loss', 'train_error', 'eval_loss', 'eval_error', 'ema_loss',
                              'ema_error', 'minutes']
     assert (tmp_path / 'out' / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
     # The results are those of the files, evaluated by timm's own names, in float32.
     test = load_data(parse_args(arguments(images, tmp_path))).test
-    raw, ema = rows(results)
+    raw, ema = read_csv(results)
     for row, weights in ((raw, 'raw'), (ema, 'EMA')):
         assert (row['model'], row['weights'], row['data'], row['images']) == ('sunn15', weights, 'noise', '12')
         assert row['recipe'] == 'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5, drop_rate=0.1'
@@ -289,19 +284,19 @@ def test_two_steps_and_what_they_leave(images, tmp_path, main, monkeypatch):
     before = (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns
     monkeypatch.setattr(train_cifar, 'origin', lambda args: dict(hardware='other', versions='other', commit='other'))
     main(*options)
-    assert [dict(row, command='') for row in rows(results)] == [dict(row, command='') for row in (raw, ema)]
+    assert [dict(row, command='') for row in read_csv(results)] == [dict(row, command='') for row in (raw, ema)]
     assert (tmp_path / 'out' / 'last.pth.tar').stat().st_mtime_ns == before
 
     # A run of another seed adds its own.
     main(*options, '--seed', '1', '--output', str(tmp_path / 'out1'))
-    assert [(row['seed'], row['weights']) for row in rows(results)] == [
+    assert [(row['seed'], row['weights']) for row in read_csv(results)] == [
         ('0', 'raw'), ('0', 'EMA'), ('1', 'raw'), ('1', 'EMA')]
-    assert {row['commit'] for row in rows(results)[2:]} == {'other'}
+    assert {row['commit'] for row in read_csv(results)[2:]} == {'other'}
 
 
 def test_any_timm_model(tmp_path, main):
     main('--model', 'resnet10t', '--epochs', '1', '--schedule', 'onecycle')
-    assert rows(tmp_path / 'out' / 'result.csv')[0]['model'] == 'resnet10t'
+    assert read_csv(tmp_path / 'out' / 'result.csv')[0]['model'] == 'resnet10t'
 
 
 EVERYTHING = [
@@ -318,7 +313,8 @@ def assert_same_run(whole, other):
         if name.endswith('.safetensors') or name == 'ensemble.csv':
             assert (whole / name).read_bytes() == (other / name).read_bytes(), name
         elif name == 'metrics.csv':
-            assert [dict(r, minutes=0) for r in rows(whole / name)] == [dict(r, minutes=0) for r in rows(other / name)]
+            rows = [[dict(r, minutes=0) for r in read_csv(folder / name)] for folder in (whole, other)]
+            assert rows[0] == rows[1]
 
 
 KILLER = """
@@ -363,9 +359,9 @@ def test_killed_at_any_moment_a_run_goes_on_exactly(images, tmp_path):
         [sys.executable, '-c', KILLER.format(path=sys.path, args=args, moments=moments)],
         capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(rows(tmp_path / 'results.csv')) == 2
+    assert len(read_csv(tmp_path / 'results.csv')) == 2
     train_cifar.main(args)
-    assert len(rows(tmp_path / 'results.csv')) == 2
+    assert len(read_csv(tmp_path / 'results.csv')) == 2
     train_cifar.main(arguments(images, tmp_path / 'whole', *EVERYTHING))
     assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
 
@@ -637,7 +633,7 @@ def test_cuda(tmp_path, main, options):
     options = ['--device', 'cuda', '--epochs', '2', '--schedule', 'onecycle', *options]
     assert 'paused after' in main(*options, '--pause-after', '0')
     main(*options)
-    assert all(math.isfinite(float(row['train_loss'])) for row in rows(tmp_path / 'out' / 'metrics.csv'))
+    assert all(math.isfinite(float(row['train_loss'])) for row in read_csv(tmp_path / 'out' / 'metrics.csv'))
 
 
 @pytest.mark.gpu

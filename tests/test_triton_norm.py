@@ -9,7 +9,7 @@ import torch
 pytest.importorskip('triton')
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
-compiled = [] if INTERPRETED else pytest.mark.gpu
+compiled = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 EPS = 1e-3
 # Widths that fill no vector, rows that fill no block, more rows than all programs take at once, and more programs than
 # are added up at once.
@@ -81,76 +81,70 @@ def assert_near(value, exact, dtype):
     assert (error <= allowed).all(), f'{(error / allowed).max():.3g} times what is allowed'
 
 
+@compiled
 @pytest.mark.parametrize(('dtype', 'size', 'batch', 'relu', 'sliced'), CASES, ids=str)
-class TestTritonNorm:
-    pytestmark = compiled
+def test_values_statistics_and_gradients(dtype, size, batch, relu, sliced):
+    h, first, grad = (make(dtype, *size, s) for s in (sliced, sliced, not sliced))
+    norm = make_norm(dtype, *size, batch)
+    if batch:
+        norm.measure(0, first)
+        norm.measure(1, h)
+    exact_h = h.double().requires_grad_()
+    z, factor, term, mean, variance = linear(norm, exact_h)
+    if batch:
+        for measured, exact in zip(norm.vectors[1][2:], (mean, variance), strict=True):
+            assert_near(measured, exact, norm.empty.dtype)
 
-    def test_values_statistics_and_gradients(self, dtype, size, batch, relu, sliced):
-        h, first, grad = (make(dtype, *size, s) for s in (sliced, sliced, not sliced))
-        norm = make_norm(dtype, *size, batch)
-        if batch:
-            norm.measure(0, first)
-            norm.measure(1, h)
-        exact_h = h.double().requires_grad_()
-        z, factor, term, mean, variance = linear(norm, exact_h)
-        if batch:
-            for measured, exact in zip(norm.vectors[1][2:], (mean, variance), strict=True):
-                assert_near(measured, exact, norm.empty.dtype)
+    a = (norm.activate if relu else norm.apply)(1, h)
+    assert_near(a, z.relu() if relu else z, dtype)
 
-        a = (norm.activate if relu else norm.apply)(1, h)
-        assert_near(a, z.relu() if relu else z, dtype)
-
-        # Where z is nearly 0, the activation decides.
-        z.backward(grad.double() * (a > 0) if relu else grad.double())
-        before = grad.clone()
-        out = torch.full_like(h, 9)
-        grad_h = norm.backward(1, grad, h, a if relu else None, out)
-        assert_near(grad_h, exact_h.grad, dtype)
-        assert torch.equal(grad, before)
-        largest = (factor.grad.abs().max() + size[0]).item()
-        assert_near(norm.grad_gamma[1] / largest, factor.grad / largest, norm.empty.dtype)
-        assert_near(norm.grad_beta[1] / largest, term.grad / largest, norm.empty.dtype)
+    # Where z is nearly 0, the activation decides.
+    z.backward(grad.double() * (a > 0) if relu else grad.double())
+    before = grad.clone()
+    out = torch.full_like(h, 9)
+    grad_h = norm.backward(1, grad, h, a if relu else None, out)
+    assert_near(grad_h, exact_h.grad, dtype)
+    assert torch.equal(grad, before)
+    largest = (factor.grad.abs().max() + size[0]).item()
+    assert_near(norm.grad_gamma[1] / largest, factor.grad / largest, norm.empty.dtype)
+    assert_near(norm.grad_beta[1] / largest, term.grad / largest, norm.empty.dtype)
 
 
+@compiled
 @pytest.mark.parametrize('relu', [False, True], ids=['linear', 'relu'])
-class TestTritonNormWithoutGradients:
-    pytestmark = compiled
-
-    def test_frozen_norm_needs_no_sums(self, relu):
-        h, grad = make(torch.float32, 130, 20), make(torch.float32, 130, 20)
-        norm = make_norm(torch.float32, 130, 20, False)
-        norm.affine_needed = False
-        exact_h = h.double().requires_grad_()
-        a = norm.activate(1, h) if relu else None
-        linear(norm, exact_h)[0].backward(grad.double() * (a > 0) if relu else grad.double())
-        grad_h = norm.backward(1, grad, h if relu else None, a)
-        assert_near(grad_h, exact_h.grad, torch.float32)
-        assert torch.cat(norm.grad_gamma + norm.grad_beta).numel() == 0
+def test_frozen_norm_needs_no_sums(relu):
+    h, grad = make(torch.float32, 130, 20), make(torch.float32, 130, 20)
+    norm = make_norm(torch.float32, 130, 20, False)
+    norm.affine_needed = False
+    exact_h = h.double().requires_grad_()
+    a = norm.activate(1, h) if relu else None
+    linear(norm, exact_h)[0].backward(grad.double() * (a > 0) if relu else grad.double())
+    grad_h = norm.backward(1, grad, h if relu else None, a)
+    assert_near(grad_h, exact_h.grad, torch.float32)
+    assert torch.cat(norm.grad_gamma + norm.grad_beta).numel() == 0
 
 
+@compiled
 @pytest.mark.parametrize('dtypes', [
     (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=str)
 @pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
 @pytest.mark.parametrize('add', [False, True], ids=['in place of', 'added to'])
-class TestTritonUpdate:
-    pytestmark = compiled
-
-    def test_update_of_the_state(self, add, two, dtypes):
-        """What is written to the segment, to the rounded state where there is one, and the change of that."""
-        dtype, out_dtype = dtypes
-        h, t, state, change = (make(dtype, 130, columns)[:, :20] for columns in (20, 40, 50, 70))
-        norm, other = make_norm(dtype, 130, 20, False), make_norm(dtype, 130, 20, False)
-        exact = linear(norm, h.double())[0].detach()
-        if two:
-            exact += linear(other, t.double())[0].detach()
-        segment = make(out_dtype, 130, 20, True)
-        state = segment if dtype == out_dtype else state.copy_(segment)
-        expected_change = exact if add else exact - state.double()
-        if add:
-            exact = exact + segment.double()
-        norm.update(1, h, segment, (other, t) if two else None, add=add, state=None if state is segment else state,
-                    change=change)
-        assert_near(segment, exact, out_dtype)
-        assert_near(state, exact, dtype)
-        assert_near(change, expected_change, dtype)
+def test_update_of_the_state(add, two, dtypes):
+    """What is written to the segment, to the rounded state where there is one, and the change of that."""
+    dtype, out_dtype = dtypes
+    h, t, state, change = (make(dtype, 130, columns)[:, :20] for columns in (20, 40, 50, 70))
+    norm, other = make_norm(dtype, 130, 20, False), make_norm(dtype, 130, 20, False)
+    exact = linear(norm, h.double())[0].detach()
+    if two:
+        exact += linear(other, t.double())[0].detach()
+    segment = make(out_dtype, 130, 20, True)
+    state = segment if dtype == out_dtype else state.copy_(segment)
+    expected_change = exact if add else exact - state.double()
+    if add:
+        exact = exact + segment.double()
+    norm.update(1, h, segment, (other, t) if two else None, add=add, state=None if state is segment else state,
+                change=change)
+    assert_near(segment, exact, out_dtype)
+    assert_near(state, exact, dtype)
+    assert_near(change, expected_change, dtype)
