@@ -82,6 +82,7 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     # The operator without one of its optimisations.
     'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
     'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
+    'unblocked-cuda': switched('ordered.CUDA_BLOCK', 1),  # in place of both on a GPU
     'separate-norms': switched('convs.folded', lambda params, *_: params),
     'narrow': switched('aten_norm.AtenNorm._pack', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),

@@ -26,7 +26,7 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
     if nn.modules.module._has_any_global_hook():
         return 'global module hooks'
     for act in (a for b in layer.bottlenecks for a in (b.act1, b.act2)):
-        if type(act) is not nn.ReLU or 'forward' in act.__dict__ or _has_hooks(act):
+        if type(act) is not nn.ReLU or _is_replaced(act) or _has_hooks(act):
             return f'activation {type(act).__name__}, or one with hooks'
     values, dilation = x.numel() // layer.channels, layer.bottlenecks[0].conv2.conv.dilation[0]
     for k, c in enumerate(layer._conv_norms()):
@@ -45,16 +45,13 @@ def obstacle(layer: nn.Module, x: torch.Tensor) -> Optional[str]:
     return 'an empty input' if values == 0 else None
 
 
-def check_slices(layer: nn.Module) -> None:
+def check_slices(layer: nn.Module, warn: bool = True) -> None:
     """Raise TypeError where a module does more than its slices would; warn of hooks."""
-    sliced, odd = [layer.bottlenecks, *layer.bottlenecks], _others(layer.bottlenecks)
-    if not odd:
-        convs = layer._conv_norms()
-        odd = _others(convs)
+    sliced = [layer.bottlenecks, *layer.bottlenecks]
+    odd = _others(layer.bottlenecks) or _others(convs := layer._conv_norms())
     if not odd:
         sliced += [m for c in convs for m in (c, c.conv, c.bn)]
-        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced
-               for name in ('forward', '_call_impl') if name in m.__dict__]  # the latter by nncf
+        odd = [f'a {type(m).__name__} whose forward is replaced' for m in sliced if _is_replaced(m)]
         for c in convs:
             conv, bn, channels = c.conv, c.bn, c.unit_chs * layer.segments
             if type(conv) is not nn.Conv2d:
@@ -66,7 +63,7 @@ def check_slices(layer: nn.Module) -> None:
     if odd:
         raise TypeError(
             f'GunnLayer: an ordered layer runs slices of its modules, which cannot stand for {odd[0]}; {PLAIN_FORM}')
-    if not torch.jit.is_tracing() and any(map(_has_hooks, sliced)):
+    if warn and not torch.jit.is_tracing() and any(map(_has_hooks, sliced)):
         _warn_of_hooks()
 
 
@@ -80,6 +77,10 @@ def _warn_of_hooks() -> None:
 def _others(modules: Iterable[nn.Module]) -> List[str]:
     """Modules of other classes than the package's, which may do something else in their forward."""
     return [f'a {type(m).__name__}' for m in modules if type(m).__module__ != 'timm_gunn.layer']
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return not {'forward', '_call_impl'}.isdisjoint(module.__dict__)  # the latter by nncf
 
 
 def _has_hooks(module: nn.Module) -> bool:

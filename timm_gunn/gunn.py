@@ -5,8 +5,8 @@ Original code (Torch7): https://github.com/joe-siyuan-qiao/GUNN
 
 One resolution, one representation (Section 5.1): each stage is a transition (pooling and a 1x1 convolution to the
 stage's width) followed by a single GUNN layer. Where the paper and the code its authors released disagree, these
-networks follow the code, with which the published parameter counts agree: units of the CIFAR networks carry a
-projection shortcut, and the transitions of the ImageNet networks pool before their convolution.
+networks follow the code: units of the CIFAR networks carry a projection shortcut, as the published parameter counts
+prove, and the transitions of the ImageNet networks pool before their convolution.
 """
 import json
 import logging
@@ -46,7 +46,7 @@ class AtrousAvgPool2d(nn.Module):
         return (x + torch.cat([x[:, :, :, d:], x[:, :, :, -d:]], 3)) / 2
 
 
-class ConvNormAct(nn.Sequential):
+class ConvNormSequential(nn.Sequential):
     """Modules in a row, a convolution `conv` and its norm `bn` among them."""
 
     def reset_parameters(self) -> None:
@@ -56,7 +56,7 @@ class ConvNormAct(nn.Sequential):
     reparameterize = fold_norm  # called by timm.utils.reparameterize_model
 
 
-class GunnStage(ConvNormAct):
+class GunnStage(ConvNormSequential):
     """A transition and a GUNN layer, whose running statistics are updated once per step under any checkpointing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class Gunn(nn.Module):
         # Every feature is the output of a direct child. What else users attach to the network is theirs to run.
         prev_chs = 64
         kernel_size, reduction = (7, 2) if imagenet else (3, 1)
-        self.stem = ConvNormAct(conv_norm_act(in_chans, prev_chs, kernel_size, reduction))
+        self.stem = ConvNormSequential(conv_norm_act(in_chans, prev_chs, kernel_size, reduction))
         self.feature_info = [dict(num_chs=prev_chs, reduction=reduction, module='stem')] if imagenet else []
 
         dilation = 1
@@ -169,7 +169,7 @@ class Gunn(nn.Module):
             self.add_module(name, GunnStage(stage))
             self.feature_info.append(dict(num_chs=num_chs, reduction=reduction, module=name))
             prev_chs = num_chs
-        self.final_conv = nn.Identity() if imagenet else ConvNormAct(conv_norm_act(prev_chs, prev_chs))
+        self.final_conv = nn.Identity() if imagenet else ConvNormSequential(conv_norm_act(prev_chs, prev_chs))
         self.feature_names: List[str] = [info['module'] for info in self.feature_info]
         self.body_names: List[str] = [name for name, _ in self.named_children()]
 
@@ -180,7 +180,7 @@ class Gunn(nn.Module):
     def init_weights(self) -> None:
         """Set every parameter and buffer, wherever they were created (after to_empty() from the meta device, say)."""
         for m in self.modules():
-            if isinstance(m, (ConvNormAct, ConvNorm)):
+            if isinstance(m, (ConvNormSequential, ConvNorm)):
                 m.reset_parameters()
         _init_classifier(self.head.fc)
 
@@ -241,9 +241,9 @@ class Gunn(nn.Module):
         prune_end = max_index < len(self.feature_names) - 1 or (
             (prune_norm or prune_head) and not isinstance(self.final_conv, nn.Identity))
         for name in self.feature_names[max_index + 1:]:
-            if name in self.body_names:  # not pruned before
-                self.body_names.remove(name)
-                delattr(self, name)
+            self.body_names.remove(name)
+            delattr(self, name)
+        self.feature_names = self.feature_names[:max_index + 1]
         if prune_end:
             self.final_conv = nn.Identity()
             self.num_features = self.feature_info[max_index]['num_chs']

@@ -32,19 +32,18 @@ def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     compiled = [m._orig_mod for m in model.modules() if hasattr(m, '_orig_mod')]
     for layer in _ordered_layers(model):
-        check_slices(layer)
+        check_slices(layer, warn=False)
         if type(layer) is not GunnLayer or 'forward' in layer.__dict__ or layer in compiled:
             raise TypeError(
                 f'unstack_model: expected GunnLayer itself, got a {type(layer).__name__} that is a subclass, '
                 'has another forward or is compiled alone.')
     if not inplace:
         model = copy.deepcopy(model)
-    plain = {layer: UnstackedLayer(layer) for layer in _ordered_layers(model)}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in plain:
-                parent._modules[name] = plain[child]
-    return plain.get(model, model)
+    for layer in _ordered_layers(model):
+        layer.units = nn.ModuleList([Unit(layer, i) for i in range(layer.segments)])
+        del layer.bottlenecks, layer.proj, layer.drop_path
+        layer.__class__ = UnstackedLayer  # mode, hooks and what users have attached stay
+    return model
 
 
 def _ordered_layers(model: nn.Module) -> List[GunnLayer]:
@@ -52,18 +51,7 @@ def _ordered_layers(model: nn.Module) -> List[GunnLayer]:
 
 
 class UnstackedLayer(nn.Module):
-    """GunnLayer of units that are modules: (B, N, H, W) to (B, N, H, W), Eq. 4 and 5."""
-
-    def __init__(self, layer: GunnLayer):
-        super().__init__()
-        self.residual = layer.residual
-        self.units = nn.ModuleList([Unit(layer, i) for i in range(layer.segments)])
-        self.training = layer.training
-        for name, module in layer.named_children():  # what users have attached
-            if name not in ('bottlenecks', 'proj', 'drop_path'):
-                self.add_module(name, module)
-        hooks = '_forward', '_backward', '_is_full_backward'
-        self.__dict__.update({k: v for k, v in vars(layer).items() if k.startswith(hooks)})
+    """What becomes of a GunnLayer, with units that are modules: (B, N, H, W) to (B, N, H, W), Eq. 4 and 5."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Update x segment by segment."""

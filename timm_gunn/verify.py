@@ -21,6 +21,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from timm.models import PretrainedCfg
 
+from .gunn import _find_weights, default_cfgs
+
 FILENAME = 'model.safetensors'
 
 
@@ -68,8 +70,9 @@ def same_logits(logits: Sequence[float], expected: Sequence[float]) -> bool:
 
 def verify(name: str) -> Tuple[bool, str]:
     """Whether weights are as they were published, and a sentence about it. Raises what the Hub's client and timm do."""
+    if name in default_cfgs:  # without a tag: what pretrained=True loads
+        name = f'{name}.{_find_weights(name) or default_cfgs[name].tags[0]}'
     cfg = find_config(name)
-    name = name if cfg is None else f'{cfg.architecture}.{cfg.tag}'
     known = known_weights().get(name)
     if known is None:
         return False, f'{name}: no weights that this package knows; it knows {", ".join(known_weights()) or "none"}'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The trainings behind weights/results.csv and finetuning.csv, one after the other, in order of worth.
+# Trainings for weights/results.csv and finetuning.csv, one after the other, in order of worth.
 usage='usage: weights/reproduce.sh DATA TIMM
   DATA holds image folders: cifar10 and cifar100 (train, test), tiny-imagenet and imagenette (train, val).
   TIMM is a checkout of pytorch-image-models. What has ended is skipped, and what was killed goes on.
