@@ -10,8 +10,9 @@
 A model is any that timm knows; `NAME:composite` is a GUNN without the fused operator (`:checkpointed`, with checkpoints
 by stage), `NAME:library` one without Triton kernels in it, `NAME:folded` (inference) a model with its norms folded by
 timm, `NAME:products` the matrix products and convolutions of a model's step alone, not compiled: what it would take if
-all else were free (attention counts as such). `:unblocked-forward`, `:unblocked-backward`, `:separate-norms`, `:narrow`
-and `:matmul` switch off what the operator gains by blocks, folding, wide rows and convolutions in place of products.
+all else were free (attention counts as such). `:unblocked-forward`, `:unblocked-backward` (on a GPU, `:unblocked-cuda`
+for both), `:separate-norms`, `:narrow` and `:matmul` switch off what the operator gains by blocks, folding, wide rows
+and convolutions in place of products.
 Every round runs one step of each variant, one after the other, so that a drift of the machine's speed meets all of
 them, and every other round backwards; ratios are taken within a round. Times are medians over the rounds, with the
 interquartile range. A train step is the forward pass, the cross-entropy, the backward pass and SGD with Nesterov
@@ -82,7 +83,7 @@ KINDS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     # The operator without one of its optimisations.
     'unblocked-forward': switched('ordered.FORWARD_BLOCK', 1),
     'unblocked-backward': switched('ordered.BACKWARD_BLOCK', 1),
-    'unblocked-cuda': switched('ordered.CUDA_BLOCK', 1),  # in place of both on a GPU
+    'unblocked-cuda': switched('ordered.CUDA_BLOCK', 1),
     'separate-norms': switched('convs.folded', lambda params, *_: params),
     'narrow': switched('aten_norm.AtenNorm._pack', lambda *_: 1),
     'matmul': switched('ordered.CONV_ROWS', float('inf')),

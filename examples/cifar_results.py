@@ -89,8 +89,9 @@ def identity(row: Row) -> Tuple[str, ...]:
 def read_results(path: Path) -> List[Row]:
     """Rows of a CSV of results, none if it is not there."""
     rows = read_csv(path)
-    if rows and list(rows[0]) != RESULT_COLUMNS:
-        raise SystemExit(f'{path}: expected the columns {RESULT_COLUMNS}, got {list(rows[0])}')
+    columns = list(rows[0]) if rows else []
+    if path.exists() and columns != RESULT_COLUMNS:
+        raise SystemExit(f'{path}: expected rows of the columns {RESULT_COLUMNS}, got {columns}')
     return rows
 
 

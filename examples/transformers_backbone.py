@@ -1,4 +1,4 @@
-"""GUNN in Hugging Face transformers: as UperNet's backbone or another's, and as an image classifier from a folder.
+"""GUNN in Hugging Face transformers: as the backbone of UperNet, and as an image classifier from a folder.
 
     pip install '.[downstream]'
     python examples/transformers_backbone.py

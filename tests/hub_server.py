@@ -6,8 +6,8 @@
 
 It serves what publishing and loading weights ask for: whoami-v2, repos/create, model info by revision, paths-info,
 validate-yaml, preupload, LFS batch and PUT, commits as NDJSON with a parent, and resolve with the headers and redirects
-that the client builds its cache on. A fault is a function of the request handler; if it returns True it
-has answered in place of the server.
+that the client builds its cache on. A fault is a function of the request handler; if it returns True it has answered in
+place of the server.
 """
 import base64
 import hashlib

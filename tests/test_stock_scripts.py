@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import record_result
 import torch
-from common import read_csv
+from cifar_results import RESULT_COLUMNS
+from common import read_csv, write_csv
 from images import image_folder
 
 CHECKOUT = os.environ.get('TIMM_CHECKOUT')
@@ -228,3 +230,22 @@ def test_publish_a_checkpoint_of_train(ten_classes, tmp_path):
         card = (folder / 'README.md').read_text()
         assert f'| {validated["top1_err"]:.2f} | {validated["top5_err"]:.2f} |' in card
     assert not torch.equal(heads['raw'], heads['ema'])
+
+
+def test_record_result(images, checkpoints, tmp_path, monkeypatch):
+    """Of train.py's last weights, raw; a row that somebody else adds in the meantime stays."""
+    results, subprocess_run = tmp_path / 'results.csv', subprocess.run
+
+    def validate(*args, **kwargs):
+        write_csv(results, [dict.fromkeys(RESULT_COLUMNS, 'other')])
+        return subprocess_run(*args, **kwargs)
+
+    monkeypatch.setattr(record_result.subprocess, 'run', validate)
+    record_result.main([
+        str(checkpoints / 'last.pth.tar'), str(tmp_path / 'x.safetensors'), '--timm', str(CHECKOUT), '--data-dir',
+        str(images), '--split', 'validation', '--dataset-name', 'noise', '--command', 'python train.py', '--results',
+        str(results), '--device', DEVICE])
+    other, row = read_csv(results)
+    assert other['model'] == 'other'
+    assert (row['model'], row['images'], row['epochs'], row['file']) == ('gunn15', '8', '2', 'x.safetensors')
+    assert 0 <= float(row['error']) <= 100

@@ -11,6 +11,7 @@ import pytest
 import timm
 from fetch_timm_tests import folder_of_timm_tests
 from networks import MODELS, SMALL
+from packaging.version import Version
 
 
 def _list_models(filter='', module='', pretrained=False, exclude_filters='', name_matches_cfg=False, include_tags=None):
@@ -119,3 +120,5 @@ def test_nothing_is_left_out():
                  'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
                  'test_model_forward_torchscript', 'test_model_forward_fx', 'test_model_backward_fx'):
         assert {timm.models.get_arch_name(m) for m in _parameters_over_models(globals()[name]).args[1]} == set(MODELS)
+    if Version(timm.__version__) >= Version('1.0.31'):  # older ones lack some
+        assert {*LITERAL, *COSTLY} <= vars(_timm_tests).keys()

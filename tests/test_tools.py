@@ -126,9 +126,9 @@ def test_what_users_have_done_to_a_layer_in_the_plain_form():
     layer(x)
     assert grads == [1, 2, 2, 2]
     layer = GunnLayer(12, 3)
-    replaced = GunnLayer(12, 3)
-    replaced.forward = lambda x: x
-    for odd in (Doubled(12, 3), torch.compile(layer, backend='eager'), replaced):
+    replaced = [GunnLayer(12, 3), GunnLayer(12, 3)]
+    replaced[0].forward = replaced[1]._call_impl = lambda x: x
+    for odd in (Doubled(12, 3), torch.compile(layer, backend='eager'), *replaced):
         with pytest.raises(TypeError, match=r'GunnLayer itself, got a (Doubled|GunnLayer) that is'):
             unstack_model(nn.Sequential(odd))
 

@@ -597,7 +597,7 @@ def test_a_machine_without_git(images, tmp_path, monkeypatch):
 def test_other_results_are_not_overwritten(tmp_path, main):
     other = tmp_path / 'other.csv'
     other.write_text('name,value\na,1\n')
-    with pytest.raises(SystemExit, match=r"other.csv: expected the columns \['model', "):
+    with pytest.raises(SystemExit, match=r"other.csv: expected rows of the columns \['model', "):
         main('--results', str(other))
     assert other.read_text() == 'name,value\na,1\n'
     assert not (tmp_path / 'out').exists()  # said before the training

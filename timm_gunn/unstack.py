@@ -9,7 +9,7 @@ from typing import List
 import torch
 import torch.nn as nn
 
-from .checks import check_slices
+from .checks import _is_replaced, check_slices
 from .layer import GunnLayer
 
 __all__ = ['unstack_model']
@@ -33,14 +33,15 @@ def unstack_model(model: nn.Module, inplace: bool = False) -> nn.Module:
     compiled = [m._orig_mod for m in model.modules() if hasattr(m, '_orig_mod')]
     for layer in _ordered_layers(model):
         check_slices(layer, warn=False)
-        if type(layer) is not GunnLayer or 'forward' in layer.__dict__ or layer in compiled:
+        if type(layer) is not GunnLayer or _is_replaced(layer) or layer in compiled:
             raise TypeError(
                 f'unstack_model: expected GunnLayer itself, got a {type(layer).__name__} that is a subclass, '
                 'has another forward or is compiled alone.')
     if not inplace:
         model = copy.deepcopy(model)
-    for layer in _ordered_layers(model):
-        layer.units = nn.ModuleList([Unit(layer, i) for i in range(layer.segments)])
+    units = {layer: [Unit(layer, i) for i in range(layer.segments)] for layer in _ordered_layers(model)}
+    for layer in units:
+        layer.units = nn.ModuleList(units[layer])
         del layer.bottlenecks, layer.proj, layer.drop_path
         layer.__class__ = UnstackedLayer  # mode, hooks and what users have attached stay
     return model
