@@ -30,9 +30,7 @@ def parse_args(argv: Optional[List[str]] = None, description: Optional[str] = No
                        help='torch.compile, with a mode')
     model.add_argument('--graphs', action='store_true', help='capture forward and backward pass as CUDA graphs')
     recipe = parser.add_argument_group('recipe')
-    recipe.add_argument('--epochs', type=int, help='(default: 300)')
-    recipe.add_argument('--minutes', type=float,
-                        help='instead of --epochs: as many whole epochs as fit, by a measurement at the start')
+    recipe.add_argument('--epochs', type=int, default=300)
     recipe.add_argument('--batch-size', type=int, default=64)
     recipe.add_argument('--lr', type=float, default=0.1, help='for 64 images, scaled with the batch size')
     recipe.add_argument('--weight-decay', type=float, default=1e-4)
@@ -55,23 +53,20 @@ def parse_args(argv: Optional[List[str]] = None, description: Optional[str] = No
     except ValueError:  # of timm's ParseKwargs
         parser.error('expected --model-kwargs NAME=VALUE ...')
 
-    if args.epochs is not None and args.minutes is not None:
-        parser.error('expected --epochs or --minutes, got both')
-    if args.epochs is None and args.minutes is None:
-        args.epochs = 300
     for name, low in dict(epochs=1, batch_size=2, cycles=1, held_out=0, checkpoint_minutes=0, weight_decay=0).items():
-        if (value := getattr(args, name)) is not None and not low <= value < math.inf:
+        if not low <= (value := getattr(args, name)) < math.inf:
             parser.error(f'expected --{name.replace("_", "-")} >= {low}, got {value}')
-    for name in ('lr', 'minutes'):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f'expected --{name} > 0, got {value}')
+    if not 0 < args.lr < math.inf:
+        parser.error(f'expected --lr > 0, got {args.lr}')
     for name in ('smoothing', 'ema', 'momentum'):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f'expected 0 <= --{name} < 1, got {getattr(args, name)}')
     if not 0 <= args.shift <= 1:
         parser.error(f'expected 0 <= --shift <= 1, got {args.shift}')
-    if args.epochs is not None and (problem := schedule_problem(args.schedule, args.epochs, args.cycles)):
-        parser.error(problem)
+    if args.schedule == 'step' and args.epochs < 4:
+        parser.error(f'expected at least 4 epochs for --schedule step, got {args.epochs}; there is onecycle for few')
+    if args.schedule == 'snapshot' and args.epochs % args.cycles:
+        parser.error(f'expected a number of epochs that {args.cycles} cycles divide, got {args.epochs}')
     cuda = args.device.startswith('cuda')
     if not cuda and args.device != 'cpu':
         parser.error(f'expected --device cpu or cuda, got {args.device}')
@@ -93,14 +88,5 @@ def parse_args(argv: Optional[List[str]] = None, description: Optional[str] = No
             'expected a --model and --model-kwargs that timm.create_model takes, got '
             f'{args.model} and {args.model_kwargs}: {str(e).splitlines()[0]}')
     if args.output is None:
-        budget = args.epochs or f'{args.minutes:g}min'
-        args.output = Path('output') / f'{args.model}-{args.schedule}-{budget}-{args.seed}'
+        args.output = Path('output') / f'{args.model}-{args.schedule}-{args.epochs}-{args.seed}'
     return args
-
-
-def schedule_problem(schedule: str, epochs: int, cycles: int) -> Optional[str]:
-    if schedule == 'step' and epochs < 4:
-        return f'expected at least 4 epochs for --schedule step, got {epochs}; there is onecycle for few'
-    if schedule == 'snapshot' and (epochs % cycles or epochs == 0):
-        return f'expected a number of epochs that {cycles} cycles divide, got {epochs}'
-    return None

@@ -1,10 +1,9 @@
 """Train GUNN on CIFAR by the paper's recipe, and any other timm model beside it.
 
-    python examples/train_cifar.py --data-dir cifar10                          # the paper: 300 epochs
-    python examples/train_cifar.py --data-dir cifar10 --epochs 3 --schedule onecycle
-    python examples/train_cifar.py --data-dir cifar10 --model sunn15 --minutes 60 --schedule onecycle
-    python examples/train_cifar.py --data-dir cifar10 --schedule snapshot --cycles 6   # Snapshot Ensemble
+    python examples/train_cifar.py --data-dir data --dataset cifar10 --download        # the paper: 300 epochs
     python examples/train_cifar.py --data-dir data --dataset cifar100 --download --model gunn15.c100
+    python examples/train_cifar.py --data-dir cifar10 --model sunn15 --epochs 3 --schedule onecycle
+    python examples/train_cifar.py --data-dir cifar10 --schedule snapshot --cycles 6   # Snapshot Ensemble
 
 The data is an image folder (train/<class>/*, test/<class>/*, all images of one size) or torchvision's copy of CIFAR. It
 is held on the device as a whole, and augmented there. The recipe (Section 6.2 and the authors' code): SGD with
@@ -34,15 +33,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar_data import Data, Split, augment, load_data, normalise
-from cifar_options import parse_args, schedule_problem
+from cifar_options import parse_args
 from cifar_results import evaluate, finish, origin, read_results, report, snapshot_path
 from common import Row, bar, locked, replacing, save_weights
 from torch.optim import lr_scheduler
 
 # What a run may not change when it goes on, besides its data.
 SETTINGS = (
-    'model', 'model_kwargs', 'held_out', 'dtype', 'epochs', 'minutes', 'batch_size', 'lr', 'weight_decay', 'momentum',
-    'schedule', 'cycles', 'smoothing', 'ema', 'shift', 'seed')
+    'model', 'model_kwargs', 'held_out', 'dtype', 'epochs', 'batch_size', 'lr', 'weight_decay', 'momentum', 'schedule',
+    'cycles', 'smoothing', 'ema', 'shift', 'seed')
 
 
 def make_scheduler(
@@ -197,43 +196,7 @@ class Run:
 def settings(args: argparse.Namespace, data: Data) -> Dict[str, Any]:
     """What has to be the same when a run goes on."""
     chosen = {name: getattr(args, name) for name in SETTINGS}
-    if args.minutes is not None:
-        chosen['epochs'] = None  # found by a measurement
     return dict(chosen, device=args.device.split(':')[0], data=data.fingerprint)
-
-
-def epochs_within(args: argparse.Namespace, data: Data) -> int:
-    """How many epochs of training and evaluation fit into args.minutes, by a few steps that are thrown away."""
-    run = Run(argparse.Namespace(**{**vars(args), 'epochs': 1000 * args.cycles}), data)
-    part = Split(*(t[:256] for t in data.test))
-
-    def seconds(work: Callable[[], Any], times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        run.sums.tolist()  # waits for the device
-        return (time.perf_counter() - start) / times
-
-    def step() -> None:
-        run.train_step(*(t[:args.batch_size] for t in data.train))
-
-    def predict() -> None:
-        with run.autocast():
-            for model, forward in run.models().values():
-                run.log_probs(model, forward, part)
-
-    seconds(step, 3)
-    seconds(predict, 3)
-    epoch = seconds(step, 10) * run.steps + seconds(predict, 2) * len(data.test.labels) / len(part.labels)
-    epochs = int(args.minutes * 60 / epoch)
-    if args.schedule == 'snapshot':
-        epochs -= epochs % args.cycles
-    print(f'{epoch:.1f} s per epoch, {epochs} epochs in {args.minutes:g} minutes')
-    if epochs == 0 or schedule_problem(args.schedule, epochs, args.cycles):
-        raise SystemExit(
-            f'--minutes {args.minutes:g} is not enough for --schedule {args.schedule}: '
-            f'an epoch takes {epoch / 60:.2f} minutes')
-    return epochs
 
 
 @contextmanager
@@ -332,10 +295,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with locked(args.output / '.lock', wait=False):
         state = load_checkpoint(args, data)
-        if state is not None:
-            args.epochs = state['epochs']
-        elif args.epochs is None:
-            args.epochs = epochs_within(args, data)
         run = Run(args, data)
         if state is not None:
             run.restore(state)

@@ -382,6 +382,8 @@ esac
     assert [(r.model, r.dataset_name, r.epochs, r.device, r.dtype) for r in runs] == [
         ('sunn15', 'CIFAR-10', 7, 'cpu', 'float32'), ('gunn15_nores', 'CIFAR-10', 7, 'cpu', 'float32'),
         ('gunn15.c100', 'CIFAR-100', 7, 'cpu', 'float32'), ('sunn15.c100', 'CIFAR-100', 7, 'cpu', 'float32')]
+    assert {r.results.relative_to(tmp_path / 'out') for r in [*recorded, *runs]} == {
+        Path('results.csv'), Path('finetuning.csv')}
     assert reproduce() == ([], '')  # all done
     result = subprocess.run(
         [ROOT / 'weights' / 'reproduce.sh', tmp_path / 'nowhere', 'timm'], capture_output=True, text=True)

@@ -466,38 +466,12 @@ def test_snapshot_ensemble_averages_probabilities(images, tmp_path):
             100 * (probs[3 - m].argmax(1) != test.labels).double().mean().item())
 
 
-def test_minutes_become_epochs(images, tmp_path, monkeypatch):
-    """A clock that goes on by 0.6 s from call to call: 10 steps take 0.6 s, an evaluation 0.3 s, an epoch 0.48 s."""
-    clock = itertools.count(step=0.6)
-    monkeypatch.setattr(train_cifar.time, 'perf_counter', lambda: next(clock))
-
-    def epochs(*options):
-        args = parse_args(arguments(images, tmp_path, '--model', 'sunn15', *options))
-        return train_cifar.epochs_within(args, load_data(args))
-
-    assert epochs('--minutes', '0.1', '--schedule', 'onecycle') == 12
-    assert epochs('--minutes', '0.1', '--schedule', 'snapshot', '--cycles', '5') == 10
-    with pytest.raises(SystemExit, match=r'--minutes 0.02 is not enough for --schedule step: an epoch takes 0.01 min'):
-        epochs('--minutes', '0.02')
-
-
-def test_minutes_are_measured_once(main):
-    options = ['--model', 'sunn15', '--minutes', '1', '--schedule', 'onecycle', '--pause-after', '0']
-    first, second = main(*options), main(*options)
-    assert 'epochs in 1 minutes' in first
-    assert 'epochs in 1 minutes' not in second
-    total = first.split('paused after 1 of ')[1].split()[0]
-    assert f'paused after 2 of {total} steps' in second
-
-
 # --- What is wrong ---
 
 @pytest.mark.parametrize(('options', 'message'), [
     (['--epochs', '3'], 'expected at least 4 epochs for --schedule step, got 3'),
     (['--epochs', '7', '--schedule', 'snapshot', '--cycles', '3'], 'epochs that 3 cycles divide, got 7'),
-    (['--epochs', '7', '--minutes', '1'], 'expected --epochs or --minutes, got both'),
     (['--epochs', '0'], 'expected --epochs >= 1, got 0'),
-    (['--minutes', '0'], 'expected --minutes > 0, got 0'),
     (['--batch-size', '1'], 'expected --batch-size >= 2, got 1'),
     (['--ema', '1'], 'expected 0 <= --ema < 1, got 1.0'),
     (['--momentum', 'nan'], 'expected 0 <= --momentum < 1, got nan'),
@@ -563,9 +537,8 @@ def test_other_settings_do_not_go_on(tmp_path, main):
 
 def test_outputs_of_different_runs_differ():
     outputs = {parse_args(['--data-dir', 'x', *options]).output for options in (
-        [], ['--model', 'sunn15'], ['--seed', '1'], ['--epochs', '4'], ['--schedule', 'onecycle'],
-        ['--minutes', '4', '--schedule', 'onecycle'])}
-    assert len(outputs) == 6
+        [], ['--model', 'sunn15'], ['--seed', '1'], ['--epochs', '4'], ['--schedule', 'onecycle'])}
+    assert len(outputs) == 5
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint(images, tmp_path):

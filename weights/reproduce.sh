@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trainings for weights/results.csv and finetuning.csv, one after the other, in order of worth.
+# The trainings behind weights/results.csv and finetuning.csv, one after the other, in order of worth.
 usage='usage: weights/reproduce.sh DATA TIMM
   DATA holds image folders: cifar10 and cifar100 (train, test), tiny-imagenet and imagenette (train, val).
   TIMM is a checkout of pytorch-image-models. What has ended is skipped, and what was killed goes on.
   EPOCHS of CIFAR (16), TINY_EPOCHS (8), DEVICE (cpu), DTYPE (bfloat16) and OUTPUT (output/reproduce) come from the
   environment. The defaults take two CPU cores about a day. For a GPU: DEVICE=cuda EPOCHS=300 TINY_EPOCHS=40.
-  On a CPU without avx512_bf16 in /proc/cpuinfo DTYPE=float32 is faster.'
+  On a CPU without avx512_bf16 in /proc/cpuinfo DTYPE=float32 is faster. Rows go to results.csv and finetuning.csv in
+  OUTPUT; python examples/results_table.py --results FILE prints them. Needs pip install .[downstream].'
 set -euo pipefail
 if [ $# != 2 ] || [ ! -d "$1" ] || [ ! -f "$2/train.py" ]; then
   echo "$usage" >&2
@@ -34,7 +35,7 @@ cifar() {  # MODEL DATA NAME
   if [ -e "$folder/result.csv" ]; then return; fi
   (cd "$data" && python "$root/examples/train_cifar.py" --data-dir "$2" --dataset-name "$3" --model "$1" \
     --device "$device" "${on[@]}" --batch-size $batch --epochs "$epochs" --schedule onecycle --weight-decay 5e-4 \
-    --smoothing 0.1 --shift 0 --output "$folder" --results "$root/weights/results.csv")
+    --smoothing 0.1 --shift 0 --output "$folder" --results "$output/results.csv")
   if [ ! -e "$folder/result.csv" ]; then
     echo 'paused; run it again to go on'
     exit
@@ -59,7 +60,7 @@ stock() {  # MODEL DATA NAME CLASSES PIXELS EPOCHS SEED [OPTION...], by timm's t
     --experiment "$(basename "$folder")" "${resume[@]}")
   python examples/record_result.py "$folder/last.pth.tar" "$folder/model.safetensors" --timm "$timm" \
     --data-dir "$data/$2" --split $split --dataset-name "$3" --device "$device" --command "${command[*]}" \
-    --results "weights/$results.csv" \
+    --results "$output/$results.csv" \
     $([ ${#resume[@]} -gt 0 ] || echo --minutes $(((SECONDS - start) / 60)))
   touch "$folder/done"
 }
