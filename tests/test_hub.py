@@ -645,30 +645,15 @@ def test_weights_that_are_known_under_another_name(hub, publish):
     assert not hub.requests
 
 
-def test_folders_are_replaced_whole_or_not_at_all(publish, tmp_path):
-    from weights.publish import replace
-    old, new = tmp_path / 'old', tmp_path / 'temporary' / 'new'
-    old.mkdir()
-    (old / 'README.md').write_text('old')
-    with pytest.raises(FileNotFoundError):
-        replace(old, new)
-    assert (old / 'README.md').read_text() == 'old'
-    new.mkdir(parents=True)
-    (new / 'README.md').write_text('new')
-    replace(old, new)
-    assert (old / 'README.md').read_text() == 'new'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['old', 'temporary']
-    # What else is there is not ours to replace.
+def test_only_what_was_published_is_replaced(publish, tmp_path):
     (publish.folder / 'deeper').mkdir(parents=True)
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'README.md').write_text('mine')
-    (tmp_path / '.killed.old').mkdir()
     for options, message in (
             ([], 'expected an --output that is new or holds what was published'),
             (['--output', str(tmp_path / 'mine')], 'expected an --output that is new or holds what was published'),
             (['--output', str(tmp_path / 'mine' / 'README.md' / 'x')], 'expected an --output of its own, in a folder'),
-            (['--output', '.'], 'expected an --output of its own'),
-            (['--output', str(tmp_path / 'killed')], '.killed.old is left from a run that was killed')):
+            (['--output', '.'], 'expected an --output of its own')):
         printed, error = publish(*options)
         assert error == 'SystemExit: 2'
         assert message in printed

@@ -13,7 +13,6 @@ empty cache, sha256 and logits are compared, and the lines that make them the pr
 the commit, are printed. The token is that of `hf auth login` or HF_TOKEN. Needs the extra "examples".
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -40,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from PIL import Image
 from tqdm import tqdm
 
@@ -104,8 +104,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'expected an --output of its own, in a folder, got {args.output}')
     if args.output.exists() and (not args.output.is_dir() or not is_ours({p.name for p in args.output.iterdir()})):
         parser.error(f'expected an --output that is new or holds what was published, got {args.output}')
-    if backup(args.output).exists():
-        parser.error(f'{backup(args.output)} is left from a run that was killed; expected it to be moved or removed')
     return args
 
 
@@ -338,11 +336,6 @@ def reason(error: BaseException) -> str:
     return text.rstrip('.') + '.'
 
 
-def git_blob_id(content: bytes) -> str:
-    """What git, and so the Hub, calls a small file by."""
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
 def differences(api: HfApi, repo: str, revision: str, folder: Path) -> List[str]:
     """Names of the files of a folder that a repository does not have, or not the same, at a revision."""
     names = sorted(path.name for path in folder.iterdir())
@@ -354,7 +347,7 @@ def differences(api: HfApi, repo: str, revision: str, folder: Path) -> List[str]
             return False
         if info.lfs is not None:
             return info.lfs.sha256 == sha256(folder / name)
-        return info.blob_id == git_blob_id((folder / name).read_bytes())
+        return info.blob_id == git_hash((folder / name).read_bytes())
 
     return [name for name in names if not same(name)]
 
@@ -436,7 +429,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix='.publish-') as temporary:
         new = Path(temporary) / 'new'
         record = write_folder(new, args)
-        replace(args.output, new)
+        if args.output.exists():
+            shutil.rmtree(args.output)
+        new.rename(args.output)
     print((args.output / 'README.md').read_text().split('## Results')[1].split('Of this')[0].strip())
     for path in sorted(args.output.iterdir()):
         print(f'{path}: {path.stat().st_size:,} bytes, sha256 {sha256(path)}')
@@ -449,25 +444,6 @@ in timm_gunn/gunn.py, default_cfgs (in place of the entry that is there):
     {args.model!r}: {CONFIGS[args.model.split('.')[1]]}(hf_hub_id='{args.repo}@{commit}'),
 in timm_gunn/fingerprints.json (likewise):
     {json.dumps({args.model: record})[1:-1]}""")
-
-
-def backup(folder: Path) -> Path:
-    """Where a folder is while another takes its place."""
-    return folder.with_name(f'.{folder.name}.old')
-
-
-def replace(folder: Path, new: Path) -> None:
-    """Put a folder in the place of another, which stays if that fails."""
-    old = backup(folder)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == '__main__':
