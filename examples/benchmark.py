@@ -437,13 +437,12 @@ def bench_sweep(args: argparse.Namespace) -> List[str]:
 
 def bench_profile(args: argparse.Namespace) -> None:
     """The twenty calls of a train step that take most time: kernels on a GPU, operators on a CPU."""
-    activity = torch.profiler.ProfilerActivity
     device = torch.autograd.DeviceType.CUDA if args.device.startswith('cuda') else torch.autograd.DeviceType.CPU
     for spec in args.models:
         network = Network(spec, 'train', args)
         for _ in range(3):
             network.train()
-        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
+        with torch.profiler.profile() as profiler:
             timed(network.train, args.device)
         calls: Dict[str, List[float]] = defaultdict(list)  # milliseconds
         for event in profiler.events():

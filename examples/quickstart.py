@@ -73,7 +73,7 @@ def draw(path: Path, images: torch.Tensor, labels: torch.Tensor, probs: torch.Te
     fig = plt.figure(figsize=(12, 3.4))
     left, right = fig.subfigures(1, 2, width_ratios=(1.5, 1))
     for ax, i in zip(left.subplots(2, 7).flat, confidence.argsort(), strict=False):
-        ax.imshow(images[i, 0], cmap='gray')
+        ax.imshow(images[i, 0].numpy(), cmap='gray')
         color = 'k' if predicted[i] == labels[i] else 'r'
         truth = '' if predicted[i] == labels[i] else f', is {labels[i]}'
         ax.set_title(f'{predicted[i]} ({confidence[i]:.0%}){truth}', color=color, fontsize=9)
