@@ -138,7 +138,7 @@ def recipe(args: argparse.Namespace) -> str:
     parts = [f'{args.schedule}', f'lr {args.lr:g} per 64', f'batch {args.batch_size}', args.dtype]
     if args.schedule == 'snapshot':
         parts[0] += f' of {args.cycles} cycles'
-    defaults = dict(smoothing=0.0, ema=0.0, shift=2 / 3, weight_decay=1e-4, momentum=0.9)
+    defaults = dict(smoothing=0.0, ema=0.0, shift=2 / 3, weight_decay=None, momentum=0.9)  # the decay is always told
     parts += [f'{k} {getattr(args, k):g}' for k, default in defaults.items() if getattr(args, k) != default]
     return ', '.join(parts + [f'{k}={v}' for k, v in args.model_kwargs.items()])
 

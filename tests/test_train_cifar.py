@@ -259,7 +259,8 @@ def test_two_steps_and_what_they_leave(images, tmp_path, main, monkeypatch):
     raw, ema = read_csv(results)
     for row, weights in ((raw, 'raw'), (ema, 'EMA')):
         assert (row['model'], row['weights'], row['data'], row['images']) == ('sunn15', weights, 'noise', '12')
-        assert row['recipe'] == 'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5, drop_rate=0.1'
+        assert row['recipe'] == (
+            'onecycle, lr 0.1 per 64, batch 8, bfloat16, ema 0.5, weight_decay 0.0001, drop_rate=0.1')
         assert f'--results {results}' in row['command']
         path = tmp_path / 'out' / row['file']
         assert row['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
