@@ -361,7 +361,7 @@ def _shipped(name: str) -> Optional[str]:
 # 'owner/name.tag@commit', so that nobody else's weights can take their place. verify.py knows what they are.
 default_cfgs = generate_default_cfgs({
     'gunn15.c10': _c10_cfg(file=_shipped('gunn15.c10')),
-    'gunn15.c100': _c100_cfg(),
+    'gunn15.c100': _c100_cfg(file=_shipped('gunn15.c100')),
     'gunn15_nores.c10': _c10_cfg(file=_shipped('gunn15_nores.c10')),
     'gunn15_nores.c100': _c100_cfg(),
     'sunn15.c10': _c10_cfg(file=_shipped('sunn15.c10')),
