@@ -743,10 +743,12 @@ def test_bad_arguments(publish, tmp_path, images):
 # --- What the package ships ---
 
 def test_shipped_weights_are_those_of_a_result():
-    trained = {row['sha256']: row['model'] for row in read_csv(ROOT / 'weights' / 'results.csv')}
+    data = {'c10': 'CIFAR-10', 'c100': 'CIFAR-100', 'tiny_in': 'Tiny ImageNet'}
+    trained = {r['sha256']: (r['model'].split('.')[0], r['data']) for r in read_csv(ROOT / 'weights' / 'results.csv')}
     for name, record in known_weights().items():
         if timm.get_pretrained_cfg(name).file:
-            assert trained[record['sha256']] in (name, name.split('.')[0])
+            architecture, tag = name.split('.')
+            assert trained[record['sha256']] == (architecture, data[tag])
 
 
 def test_verify_of_names_without_weights(capsys, monkeypatch):
